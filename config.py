@@ -1,0 +1,205 @@
+"""The choices a run depends on, and the command line made from them.
+
+Every number that can change a result is a field of a frozen dataclass, with its help text and its unit. The command
+line is made from the fields, so that the two cannot disagree. Scripts extend Config in their own file.
+This module holds wishes only ("auto"); model.resolve() decides which device and dtype really run.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+MODEL_NAME = "distilgpt2"
+DEVICE = "auto"  # cuda, else mps, else cpu
+DTYPE = "auto"  # float32 on a CPU; bfloat16 or float16 on a GPU
+PROMPT = "Explain why batching improves GPU utilization."
+MAX_NEW_TOKENS = 50
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "tabulate", "psutil", "pynvml", "gguf", "tqdm", "filelock")
+
+
+class UserError(Exception):
+    """Something the user can put right. Its text is one sentence: what was wrong, and what to do. Exit status 2."""
+
+
+def knob(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a Config.
+
+    Metadata: quick = its value under --quick; env = the environment variable that sets it; choices = the allowed
+    words; least = the smallest allowed number; flags = {flag: value} for words that are flags of their own;
+    positional = it stands without a flag; optional_text = the flag may stand without a value.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fields that check themselves and make a command line. Knows no field of its own."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata.get("least")
+            if least is not None and value < least:
+                raise UserError(f"--{dashed(f.name)} must be at least {least}, and is {value}.")
+            if value is not None and value not in f.metadata.get("choices", (value,)):
+                raise UserError(
+                    f"{flag_or_env(f)} must be one of {', '.join(f.metadata['choices'])}, and is {value!r}."
+                )
+
+    @classmethod
+    def from_cli(cls, doc: str, argv: list[str] | None = None) -> Self:
+        """The values given on the command line, else in the environment, else --quick's, else the defaults."""
+        given = vars(parser_of(cls, doc).parse_args(argv))
+        for f in fields(cls):
+            env = f.metadata.get("env")
+            if env and f.name not in given and os.environ.get(env):
+                given[f.name] = os.environ[env]
+            if given.get("quick") and f.name not in given and "quick" in f.metadata:
+                given[f.name] = f.metadata["quick"]
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """What every script asks: which model, where, and where the record goes."""
+
+    model: str | None = knob(
+        None,
+        f"hub id, local folder, .gguf file, smollm2 (embedded), or random:ID (default: {MODEL_NAME}, and smollm2 "
+        "where the hub cannot be reached)",
+        env="LLM_INFER_MODEL",
+    )
+    device: str = knob(
+        DEVICE, "auto = cuda, else mps, else cpu", env="LLM_INFER_DEVICE", choices=("auto", "cuda", "mps", "cpu")
+    )
+    dtype: str = knob(
+        DTYPE,
+        "number format of weights and cache; auto = float32 on a CPU",
+        env="LLM_INFER_DTYPE",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    attention: str = knob(
+        "sdpa", "attention kernel: PyTorch's fused one, or plain matrix products", choices=("sdpa", "eager")
+    )
+    threads: int = knob(0, "CPU threads for the arithmetic; 0 = PyTorch's own choice", least=0)
+    seed: int = knob(0, "seed of random weights and of every random choice", least=0)
+    quick: bool = knob(False, "a first look: fewer runs and tokens, wider intervals")
+    recalibrate: bool = knob(False, "measure this machine's bandwidth and GEMM rate anew")
+    json: str | None = knob(None, "append the record to this file instead of results/; - prints it, and no tables")
+    note: str | None = knob(None, "append a record to notes.md; TEXT goes under Observations", optional_text=True)
+    notes_file: str = knob(str(ROOT / "notes.md"), "the file that --note appends to")
+
+
+@dataclass(frozen=True)
+class PromptConfig(Config):
+    """What the scripts that send one prompt ask."""
+
+    prompt: str = knob(PROMPT, "the text of the request")
+    prompt_file: str | None = knob(None, "read the prompt from this UTF-8 file")
+    template: str = knob(
+        "auto",
+        "wrap the prompt in the model's chat template, or send it as it is",
+        choices=("auto", "chat", "raw"),
+        flags={"--chat": "chat", "--raw": "raw"},
+    )
+    max_new_tokens: int = knob(MAX_NEW_TOKENS, "new tokens at most; the first comes from prefill", least=1, quick=20)
+    ignore_eos: bool = knob(False, "go on after the end-of-sequence token, for a fixed length")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt_file and self.prompt != PROMPT:
+            raise UserError("--prompt and --prompt-file exclude each other: give one of them.")
+        if not self.prompt_text().strip():
+            raise UserError("The prompt is empty: give --prompt TEXT or --prompt-file FILE with at least one word.")
+
+    def prompt_text(self) -> str:
+        if not self.prompt_file:
+            return self.prompt
+        try:
+            return Path(self.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {self.prompt_file} cannot be read as UTF-8 text: {error}.") from error
+
+
+class OneSentenceParser(argparse.ArgumentParser):
+    """argparse prints its usage, often a screenful, above the message. Here the message is the last and only line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists every option)\n")
+
+
+def parser_of(cls: type[Settings], doc: str) -> argparse.ArgumentParser:
+    parser = OneSentenceParser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for f in fields(cls):
+        flag = "--" + dashed(f.name)
+        options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": help_of(f)}
+        if "positional" in f.metadata:
+            parser.add_argument(f.name, choices=f.metadata["choices"], help=f.metadata["help"])
+        elif "flags" in f.metadata:
+            group = parser.add_mutually_exclusive_group()
+            for word_flag, value in f.metadata["flags"].items():
+                text = f"{f.metadata['help']}: {value} (default: {f.default})"
+                group.add_argument(word_flag, action="store_const", const=value, **{**options, "help": text})
+        elif f.type is bool:
+            parser.add_argument(flag, action="store_true", **options)
+        elif f.metadata.get("optional_text"):
+            parser.add_argument(flag, nargs="?", const="", metavar="TEXT", **options)
+        else:
+            number = f.type if f.type in (int, float) else str
+            parser.add_argument(flag, type=number, metavar=metavar_of(f), **options)
+    return parser
+
+
+def help_of(f) -> str:
+    extra = [f"default: {f.default}"] if f.default not in (None, False) and f.name != "notes_file" else []
+    extra += [f"with --quick: {f.metadata['quick']}"] if "quick" in f.metadata else []
+    extra += [f"environment: {f.metadata['env']}"] if "env" in f.metadata else []
+    return (f.metadata["help"] + (f" ({'; '.join(extra)})" if extra else "")).replace("%", "%%")
+
+
+def metavar_of(f) -> str:
+    if "metavar" in f.metadata:
+        return f.metadata["metavar"]
+    if "choices" in f.metadata:
+        return "{" + ",".join(f.metadata["choices"]) + "}"
+    return {int: "N", float: "X"}.get(f.type, "FILE" if "file" in f.name or f.name == "json" else "TEXT")
+
+
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def flag_or_env(f) -> str:
+    env = f.metadata.get("env")
+    return f"--{dashed(f.name)}" + (f" (or {env})" if env else "")
+
+
+def check_packages() -> None:
+    """Leave with one sentence when this Python lacks the packages. Scripts call it before their own imports."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"This Python ({sys.executable}) lacks {', '.join(missing)}: type `make run`, or activate the environment "
+            "with `source .venv/bin/activate`, or `pip install -r requirements.txt`.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+
+def cache_dir() -> Path:
+    """Where converted models and this machine's ceilings are kept between runs. LLM_INFER_CACHE moves it."""
+    base = os.environ.get("LLM_INFER_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = Path(base) if base else home / "llm-infer-baseline"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The cache folder {path} cannot be made ({error}): set LLM_INFER_CACHE to another.") from error
+    return path

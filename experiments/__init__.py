@@ -1,0 +1,1 @@
+"""One file, one question, one record in notes.md."""

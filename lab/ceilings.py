@@ -1,0 +1,125 @@
+"""This machine's walls, measured: how fast it reads memory, and how many FLOPs per second it multiplies matrices with.
+
+A datasheet says what a machine could do; a laptop or a virtual machine is in none. Both probes run at the best rate
+that plain code reaches here, and everything this kit calls "of the ceiling" is a share of these two numbers.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from config import cache_dir
+from metrics import synchronize
+
+READ_BYTES = 256 << 20  # far outside any cache of a laptop; 4 times the largest L3 seen
+GPU_READ_BYTES = 4 << 30
+VERSION = 1  # raise it when a probe changes, so that kept values are measured anew
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """bytes_per_s: memory read bandwidth. flops_per_s: GEMM rate per dtype name. seconds: what measuring took."""
+
+    bytes_per_s: float
+    flops_per_s: dict[str, float]
+    measured_at: float = 0.0
+    seconds: float = 0.0
+
+
+def median_s(call: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def read_bandwidth(device: torch.device, repeats: int = 7, size: int | None = None) -> float:
+    """Bytes per second of reading memory once, with as many threads as the arithmetic uses.
+
+    CPU: each thread takes the maximum of its part of a numpy array. (A matrix-vector product in PyTorch reaches half of
+    this on some machines; a ceiling taken from it would flatter every figure below it.)
+    GPU: the sum of a large tensor.
+    """
+    if device.type != "cpu":
+        data = torch.ones((size or GPU_READ_BYTES) // 4, device=device)
+        data.sum()
+        return data.nbytes / median_s(lambda: data.sum(), repeats)
+    data = np.ones((size or READ_BYTES) // 4, np.float32)
+    parts = np.array_split(data, torch.get_num_threads())
+    with ThreadPoolExecutor(len(parts)) as pool:
+        list(pool.map(np.max, parts))  # starts the threads
+        return data.nbytes / median_s(lambda: list(pool.map(np.max, parts)), repeats)
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, budget_s: float = 0.4, largest: int = 8192) -> float:
+    """FLOPs per second of square matrix products, at the size that is fastest within the time budget.
+
+    A format that the CPU only emulates can be a hundred times slower than float32: so the size starts small.
+    """
+    best, size, deadline = 0.0, 256, time.perf_counter() + budget_s
+    while size <= largest:
+        a = torch.randn(size, size, device=device).to(dtype)
+        a @ a  # the first product of a shape also chooses its kernel
+        seconds = median_s(lambda a=a: a @ a, repeats=3)
+        best = max(best, 2 * size**3 / seconds)
+        if time.perf_counter() + 4 * 8 * seconds > deadline:  # the next size takes 8 times as long, and runs 4 times
+            break
+        size *= 2
+    return best
+
+
+def measure(device: torch.device) -> Ceilings:
+    """All ceilings of a device, in under five seconds."""
+    start = time.perf_counter()
+    bandwidth = read_bandwidth(device, repeats=15)
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        try:
+            rates[str(dtype).removeprefix("torch.")] = gemm_rate(device, dtype)
+        except RuntimeError:  # this device cannot multiply in this format: no ceiling, and none is printed
+            continue
+    return Ceilings(bandwidth, rates, measured_at=time.time(), seconds=time.perf_counter() - start)
+
+
+def kept(device: torch.device, machine: str, recalibrate: bool = False) -> Ceilings:
+    """The ceilings of this machine, measured at the first call and then kept in the user's cache.
+
+    machine: what must be equal for a kept value to hold (processor, threads, versions).
+    """
+    path = cache_dir() / "ceilings.json"
+    key = f"v{VERSION} {device} {machine}"
+    try:
+        known = json.loads(path.read_text())
+        if not recalibrate:
+            return Ceilings(**known[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = known if "known" in locals() and isinstance(known, dict) else {}
+    ceilings = measure(device)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps({**known, key: asdict(ceilings)}, indent=1))
+    os.replace(scratch, path)
+    return ceilings
+
+
+def anchor(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes per second, FLOPs per second) now, in about 50 ms of fixed work: a reading of how the machine is just now.
+
+    Bandwidth drifts by up to two times between minutes on shared hosts. So a measured block is read against the larger
+    of the values before and after it, and a round whose anchor stands out is dropped.
+    """
+    size = 2048 if device.type != "cpu" else 1024 if dtype == torch.float32 else 256
+    bandwidth = read_bandwidth(device, repeats=3)
+    a = torch.randn(size, size, device=device).to(dtype)
+    a @ a
+    return bandwidth, 2 * size**3 / median_s(lambda: a @ a, repeats=3)

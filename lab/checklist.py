@@ -1,0 +1,117 @@
+"""The owner's progress wall: which rows of notes.md's checklists the records prove, and what the others lack.
+
+A row is done when a whole (not partial) record of the named question lies in results/, and, where the row asks for a
+written conclusion, when notes.md holds a record of that question with words under Observations.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab.records import read_lines
+
+OPEN, DONE = "☐", "☑"
+
+
+@dataclass(frozen=True)
+class Item:
+    """chinese finds the row in notes.md, whatever else stands in it. questions: any of these proves it."""
+
+    group: str
+    chinese: str
+    english: str
+    questions: tuple[str, ...]
+    conclusion: bool = False
+    command: str = ""
+
+
+DAY1, BY_HAND = "day1-one-request", "day1-prefill-decode-by-hand"
+BATCH, KV, FLOW, NEXT = "day2-batching", "day3-kv-cache", "architecture", "next-directions"
+INFER, INSPECT = "infer.py --note", "inspect_prefill_decode.py --note"
+ITEMS = (
+    Item("Day1", "记录硬件 + dtype 假设", "record hardware and dtype", (DAY1,), command=INFER),
+    Item("Day1", "完成 `infer.py` 并输出分段 STATS", "infer.py prints STATS by stage", (DAY1,), command=INFER),
+    Item("Day1", "拆解 generate：prefill vs decode loop", "take generate apart", (BY_HAND,), command=INSPECT),
+    Item("Day2", "实现 batcher & 日志（队列等待 + 批大小）", "batcher and its log (queue wait, batch size)", (BATCH,)),
+    Item("Day2", "表格化 latency/throughput，对比 3 组 batch", "three batch sizes in a table", (BATCH,)),
+    Item("Day2", "写出 trade-off 结论（牺牲谁换谁）", "conclusion: who pays for throughput", (BATCH,), True),
+    Item("Day3", "复现 KV Cache on/off 实验", "KV cache on and off", (KV,)),
+    Item("Day3", "绘制 prompt 长度 × latency 表格", "table of prompt length and latency", (KV,)),
+    Item("Day3", "写下“KV Cache 什么时候救命/什么时候吃显存”", "when it saves you, when it eats memory", (KV,), True),
+    Item("基础 Basics", "明确设备/精度假设（CPU vs GPU / FP32 vs FP16）", "device, precision", (DAY1,), command=INFER),
+    Item("基础 Basics", "完成最小推理脚本并打印分段 STATS", "smallest script with STATS", (DAY1,), command=INFER),
+    Item("Batch", "实现动态 batcher（固定等待窗口）", "dynamic batcher with a fixed window", (BATCH,)),
+    Item("Batch", "给出“牺牲谁换谁”的文字结论", "who pays, in words and numbers", (BATCH,), True),
+    Item("KV Cache", "复现 `past_key_values` on/off 实验", "past_key_values on and off", (KV,)),
+    Item("系统 System", "绘制简化的推理服务流程图", "diagram of a serving system", (FLOW,)),
+    Item("系统 System", "列出下一步扩展方向（Serving、Kernel、系统工程）", "next directions", (NEXT,), True),
+)
+
+
+@dataclass(frozen=True)
+class State:
+    item: Item
+    evidence: tuple[str, ...]
+    missing: str
+
+    @property
+    def done(self) -> bool:
+        return not self.missing
+
+
+def observations(notes: str) -> dict[str, str]:
+    """Record id -> the words under its Observations. A half-written record has none."""
+    found = {}
+    for section in re.split(r"(?m)^## Experiment:", notes.replace("\r\n", "\n"))[1:]:
+        mark = re.search(r"Evidence\*\*:\s*\[([\w-]+)\]", section)
+        words = section.partition("**Observations**")[2].split("\n## ")[0].strip()
+        if mark:
+            found[mark.group(1)] = words
+    return found
+
+
+def states(notes: str, records: Sequence[dict[str, Any]]) -> list[State]:
+    """Every item with its evidence, and what it lacks."""
+    words = observations(notes)
+    return [state_of(item, words, records) for item in ITEMS]
+
+
+def state_of(item: Item, words: dict[str, str], records: Sequence[dict[str, Any]]) -> State:
+    proofs = [r["id"] for r in records if r.get("question") in item.questions and not r.get("partial")]
+    if not proofs:
+        how = f": run python3 {item.command}" if item.command else ""
+        return State(item, (), f"no whole record of {' or '.join(item.questions)}{how}")
+    if item.conclusion and not any(words.get(proof) for proof in proofs):
+        return State(item, tuple(proofs[-1:]), "no record in notes.md has words under Observations")
+    return State(item, tuple(proofs[-1:]), "")
+
+
+def all_records(notes_file: Path) -> list[dict[str, Any]]:
+    """The records that lie beside notes.md; those that it cites first, so that a clone finds them."""
+    folder = notes_file.parent / "results"
+    others = [path for path in sorted(folder.glob("*.jsonl")) if path.name != "cited.jsonl"]
+    cited = read_lines(folder / "cited.jsonl")
+    return [record for path in others for record in read_lines(path)] + cited
+
+
+def ticked(notes: str, wall: Sequence[State]) -> tuple[str, int]:
+    """notes.md with the status and evidence cells of its checklist rows set, and how many rows were found.
+
+    Only a table row that holds an item's Chinese words and a box is touched; everything else stays byte for byte.
+    """
+    lines, found = notes.splitlines(keepends=True), 0
+    for i, line in enumerate(lines):
+        state = next((s for s in wall if s.item.chinese in line and line.lstrip().startswith("|")), None)
+        body = line.rstrip("\r\n")
+        cells = body.split("|")
+        box = next((k for k, cell in enumerate(cells) if cell.strip() in (OPEN, DONE)), None)
+        if state is None or box is None:
+            continue
+        found += 1
+        cells[box] = f" {DONE if state.done else OPEN} "
+        if box + 1 < len(cells) and state.done and "[" not in cells[box + 1]:
+            cells[box + 1] = f" {cells[box + 1].strip()} [{state.evidence[0]}] ".replace("  ", " ")
+        lines[i] = "|".join(cells) + line[len(body) :]
+    return "".join(lines), found

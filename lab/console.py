@@ -1,0 +1,115 @@
+"""Scripts as good Unix tools: exit statuses, pipes, narrow locales, progress on a terminal only."""
+
+import codecs
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from config import UserError
+
+# What to print where the terminal's encoding lacks a character. One for one, so that columns stay aligned.
+ASCII = dict(zip("▁▂▃▄▅▆▇█", ".:-=+*#@", strict=True)) | {
+    "–": "-",
+    "—": "-",
+    "−": "-",
+    "×": "x",
+    "±": "~",
+    "≤": "<",
+    "≥": ">",
+    "→": ">",
+    "·": ".",
+    "…": ".",
+    "µ": "u",
+    "²": "2",
+    "☐": "o",
+    "☑": "x",
+    "’": "'",
+    "“": '"',
+    "”": '"',
+}
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call main, then leave: status 0, 2 for the user's mistakes, 130 after Ctrl-C, 141 for a closed pipe."""
+    prepare_streams()
+    program = os.path.basename(sys.argv[0])
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        status = complain(program, str(error))
+    except KeyboardInterrupt:
+        complain(program, "interrupted before anything was measured.")
+        status = INTERRUPTED
+    except BrokenPipeError:
+        status = PIPE_CLOSED
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        status = complain(program, f"the output could not be written ({error.strerror}): make room or print elsewhere.")
+    leave(status)
+
+
+def complain(program: str, sentence: str) -> int:
+    print(f"{program}: {sentence}", file=sys.stderr)
+    return 2
+
+
+def leave(status: int) -> None:
+    """Exit without a second complaint from Python about a pipe that is gone or a disk that is full."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+def prepare_streams() -> None:
+    """Make printing never fail: a character that the terminal lacks is replaced by one that looks like it."""
+    codecs.register_error("look-alike", look_alike)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="look-alike")
+
+
+def look_alike(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(ASCII.get(character, "?") for character in text), error.end
+
+
+def warn(sentence: str | None) -> None:
+    """Print a warning on stderr; None is no warning."""
+    if sentence:
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def progress(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
+    """The items, with a bar and the time left on stderr while it is a terminal; it leaves nothing behind."""
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=label, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True)
+
+
+class Page:
+    """Shows each part of the output as soon as it is known, and keeps all of it for the record."""
+
+    def __init__(self, silent: bool) -> None:
+        self.silent = silent
+        self.parts: list[str] = []
+
+    def show(self, text: str, keep: bool = True) -> None:
+        """Print a paragraph, unless only JSON was asked for; keep it for the record in notes.md."""
+        if keep:
+            self.parts.append(text)
+        if not self.silent:
+            print(text + "\n", flush=True)
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(self.parts)

@@ -1,0 +1,293 @@
+"""The model: which device and number format it runs in, its two phases, and what each must cost.
+
+One request is one prefill and then one decode_step per further token. Both are a forward pass through the same
+network; they differ in how many tokens go in. prefill() reads the whole prompt at once and keeps the keys and values of
+every token (past_key_values). decode_step() reads one token and finds the rest in that cache.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from config import Config, PromptConfig, UserError
+from metrics import Stats, timed
+from tokenizer import Tokenizer, load_tokenizer
+from weights.find import Checkpoint, find
+from weights.load import load_net
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the arithmetic happens, and why there."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded network with what is known of it. The methods say what a phase must compute and read at the least."""
+
+    net: PreTrainedModel
+    place: Place
+    attention: str
+    name: str
+    origin: str
+    weights_hash: str
+    timing_only: bool
+    eos_ids: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence, prompt and new tokens together; None when the architecture names no limit."""
+        return getattr(self.net.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
+    def forward_takes(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.net.forward).parameters)
+
+    def description(self) -> dict[str, Any]:
+        """What records say of the model."""
+        return {
+            "name": self.name,
+            "origin": self.origin,
+            "hash": self.weights_hash,
+            "timing_only": self.timing_only,
+            "device": self.device.type,
+            "dtype": self.place.dtype_name,
+            "dtype_reason": self.place.dtype_reason,
+            "attention": self.attention,
+            "parameters": self.parameters,
+            "context": self.context,
+        }
+
+    def stops(self, ignore_eos: bool) -> frozenset[int]:
+        """The token ids that end an answer. Random weights never mean to stop: their length is fixed."""
+        return frozenset() if ignore_eos or self.timing_only else self.eos_ids
+
+    @property
+    def vocabulary(self) -> int:
+        return self.net.config.get_text_config().vocab_size
+
+    # ---- what it must cost
+
+    @cached_property
+    def heads(self) -> tuple[int, int, int, int]:
+        """(layers, attention heads, KV heads, head dimension)."""
+        config = self.net.config.get_text_config()
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return config.num_hidden_layers, heads, kv_heads, head_dim
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.net.parameters())
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights; tied ones counted once."""
+        return sum(p.numel() * p.element_size() for p in self.net.parameters())
+
+    def read_bytes(self, new_tokens: int, cached_tokens: int) -> int:
+        """Least bytes one forward pass reads: every weight once, and every cached key and value once.
+
+        Of an embedding table a pass reads only a row per token, unless the table is also the output head.
+        """
+        head = self.net.get_output_embeddings()
+        tables = [m.weight for m in self.net.modules() if isinstance(m, torch.nn.Embedding)]
+        unread = [t for t in tables if head is None or t is not head.weight]
+        rows = sum(new_tokens * t.shape[1] * t.element_size() for t in unread)
+        skipped = sum(t.numel() * t.element_size() for t in unread)
+        return self.weight_bytes() - skipped + rows + cached_tokens * self.kv_bytes_per_token()
+
+    def kv_bytes_per_token(self) -> int:
+        """2 (key and value) * layers * KV heads * head dimension * bytes per number."""
+        layers, _, kv_heads, head_dim = self.heads
+        return 2 * layers * kv_heads * head_dim * self.place.dtype.itemsize
+
+    def flops(self, new_tokens: int, cached_tokens: int, logits: int = 1) -> int:
+        """FLOPs of one forward pass: a multiply and an add per weight and token, and attention's two products.
+
+        Matrix weights: 2 * weights * new_tokens; the output head only for the positions whose logits are needed.
+        Attention: token i looks at cached_tokens + i others, and each look is a dot product (2 * head_dim) and a
+        weighted sum (2 * head_dim), per head and layer. (PaLM, arXiv 2204.02311, appendix B.)
+        Mixture-of-experts networks compute a part of their weights only: for them this is too high.
+        """
+        layers, heads, _, head_dim = self.heads
+        head = self.net.get_output_embeddings()
+        head_weights = 0 if head is None else head.weight.numel()
+        embeddings = {id(m.weight) for m in self.net.modules() if isinstance(m, torch.nn.Embedding)}
+        embeddings |= set() if head is None else {id(head.weight)}
+        matrices = sum(p.numel() for p in self.net.parameters() if p.ndim >= 2 and id(p) not in embeddings)
+        looks = new_tokens * cached_tokens + new_tokens * (new_tokens + 1) // 2
+        return 2 * matrices * new_tokens + 2 * head_weights * logits + 4 * layers * heads * head_dim * looks
+
+
+# ---- the two phases
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """logits (B, T, vocabulary) -> the likeliest token after the last position, (B, 1)."""
+    return logits[:, -1].argmax(dim=-1, keepdim=True)
+
+
+@torch.inference_mode()
+def prefill(model: Model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
+    """Read the whole prompt: ids (B, T) -> the first new token (B, 1), and the cache of T tokens.
+
+    mask (B, T), 1 = real token, is needed only where rows are padded (on the left).
+    """
+    last = {"logits_to_keep": 1} if "logits_to_keep" in model.forward_takes else {}
+    out = model.net(input_ids=ids, use_cache=True, **last, **positions(model, mask, ids.shape[1]))
+    return greedy(out.logits), out.past_key_values
+
+
+@torch.inference_mode()
+def decode_step(model: Model, token: torch.Tensor, cache: Any, mask: torch.Tensor | None = None):
+    """Read one token per row, (B, 1) -> the next token (B, 1), and the cache, now one token longer.
+
+    mask (B, cached tokens + 1): the prompt's mask with a 1 appended for every new token, this one included.
+    """
+    out = model.net(input_ids=token, past_key_values=cache, use_cache=True, **positions(model, mask, 1))
+    return greedy(out.logits), out.past_key_values
+
+
+def positions(model: Model, mask: torch.Tensor | None, new_tokens: int) -> dict[str, torch.Tensor]:
+    """Attention mask and position ids of the last new_tokens columns.
+
+    A row's first real token has position 0, wherever the padding ends. Without this, short rows of a batch drift
+    (tests/test_model.py compares padded with unpadded logits). Padded columns get 0: a valid position that no one sees.
+    """
+    if mask is None:
+        return {}
+    extra = {"attention_mask": mask}
+    if "position_ids" in model.forward_takes:
+        extra["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -new_tokens:]
+    return extra
+
+
+def generate(
+    model: Model,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    eos_ids: frozenset[int] = frozenset(),
+    pad_id: int = 0,
+    stats: Stats | None = None,
+) -> torch.Tensor:
+    """Greedy generation: ids (B, T) -> the new tokens (B, at most max_new_tokens), the end token included.
+
+    A row that has ended is filled with pad_id until all have. With stats, every phase is timed into
+    stats["prefill"] and stats["decode"].
+    """
+    clock: Callable[[str], AbstractContextManager] = nullcontext if stats is None else partial(timed, stats=stats)
+    ends = torch.tensor(sorted(eos_ids), device=ids.device)
+    with clock("prefill"):
+        token, cache = prefill(model, ids, mask)
+    new = [token]
+    done = torch.isin(token, ends)
+    while len(new) < max_new_tokens and not (eos_ids and bool(done.all())):
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        with clock("decode"):
+            token, cache = decode_step(model, token, cache, mask)
+        if eos_ids:
+            token = token.masked_fill(done, pad_id)
+            done |= torch.isin(token, ends)
+        new.append(token)
+    return torch.cat(new, dim=1)
+
+
+def kv_cache_layers(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The cache as (keys, values) per layer, each (B, KV heads, tokens, head dimension)."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def kv_cache_bytes(cache: Any) -> int:
+    """Bytes that the cache's tensors hold."""
+    return sum(t.numel() * t.element_size() for pair in kv_cache_layers(cache) for t in pair)
+
+
+# ---- loading
+
+
+def resolve(config: Config) -> Place:
+    """The wishes "auto" and the like -> a device and a dtype that work here. UserError when they cannot."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d in has if has[d]) if config.device == "auto" else config.device
+    if not has[name]:
+        raise UserError(f"--device {name} was asked for and is not available here: use --device auto, or cpu.")
+    if config.dtype != "auto":
+        place = Place(torch.device(name), getattr(torch, config.dtype), "asked for")
+    elif name == "cpu":
+        place = Place(
+            torch.device("cpu"), torch.float32, "auto: exact on a CPU, where short formats are often emulated"
+        )
+    elif name == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        place = Place(torch.device(name), torch.bfloat16, "auto: half the bytes, float32's range; native on this GPU")
+    else:
+        place = Place(torch.device(name), torch.float16, "auto: half the bytes; bfloat16 is not native on this GPU")
+    try:
+        probe = torch.ones(2, 2, device=place.device, dtype=place.dtype)
+        (probe @ probe).sum().item()
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"--dtype {place.dtype_name} does not work on {name} here ({error}): use float32.") from error
+    return place
+
+
+def load_model(checkpoint: Checkpoint, config: Config, place: Place) -> Model:
+    """The checkpoint's network on this device, in eval mode. UserError when it is broken or does not fit."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    net, weights_hash = load_net(checkpoint, place.device, place.dtype, config.attention, config.seed)
+    eos = net.generation_config.eos_token_id
+    return Model(
+        net=net.eval(),
+        place=place,
+        attention=config.attention,
+        name=checkpoint.name,
+        origin=checkpoint.origin,
+        weights_hash=weights_hash,
+        timing_only=checkpoint.timing_only,
+        eos_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+    )
+
+
+def load(config: PromptConfig) -> tuple[Model, Tokenizer, list[int]]:
+    """Everything that a request needs: the model, its tokenizer, and the prompt's ids, which fit the context."""
+    checkpoint, place = find(config.model), resolve(config)
+    model = load_model(checkpoint, config, place)
+    tokenizer = load_tokenizer(checkpoint.folder, model.vocabulary if model.timing_only else None, config.template)
+    ids = tokenizer.encode(config.prompt_text())
+    check_fits(model, len(ids), config.max_new_tokens)
+    return model, tokenizer, ids
+
+
+def check_fits(model: Model, prompt_tokens: int, new_tokens: int) -> None:
+    """UserError when the prompt and the new tokens together exceed the model's context."""
+    if model.context is not None and prompt_tokens + new_tokens > model.context:
+        raise UserError(
+            f"The prompt has {prompt_tokens} tokens and {new_tokens} new ones are asked for, but {model.name} has a "
+            f"context of {model.context}: shorten the prompt or lower --max-new-tokens."
+        )
+
+
+def ids_tensor(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Token ids as the tensor that the network takes, (B, T), on the host."""
+    return torch.tensor(rows, dtype=torch.long)
