@@ -149,8 +149,8 @@ def growth_sentence(runs: list[dict[str, Any]], reading_s: float) -> str:
     slopes = [fits.line(lengths, run["decode"][1:]).slope for run in runs]
     slope, half = mean(slopes), t_half_width(slopes)
     found = (
-        f"Step time against cache length, {lengths[0]} to {lengths[-1]} tokens: {slope * 1e6:+.1f} ± {half * 1e6:.1f} µs "
-        f"a step for each cached token (95 %, {len(runs)} runs). Reading its keys and values must cost "
+        f"Step time against cache length, {lengths[0]} to {lengths[-1]} tokens: {slope * 1e6:+.1f} ± {half * 1e6:.1f} "
+        f"µs a step for each cached token (95 %, {len(runs)} runs). Reading its keys and values must cost "
         f"{reading_s * 1e6:.2f} µs. "
     )
     if abs(slope) <= half:

@@ -62,7 +62,7 @@ def timer_cost_s(blocks: int = 2000) -> float:
 
 # Samples below which a percentile says little about the next run: about 6.64 / (1 - p), the early-stopping floors of
 # MLPerf inference's rules.
-SAMPLE_FLOOR = {90: 64, 95: 132, 99: 662}
+SAMPLE_FLOOR: dict[float, int] = {90: 64, 95: 132, 99: 662}
 
 
 def percentile(samples: Sequence[float], p: float) -> float:
@@ -74,7 +74,7 @@ def percentile(samples: Sequence[float], p: float) -> float:
 
 def certified(n: int, p: float) -> bool:
     """Whether n samples support the p-th percentile (SAMPLE_FLOOR)."""
-    return n >= SAMPLE_FLOOR.get(int(p), math.ceil(6.64 / (1 - p / 100)))
+    return n >= SAMPLE_FLOOR.get(p, math.ceil(round(664 / (100 - p), 6)))
 
 
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:

@@ -75,8 +75,8 @@ def cold(model: Model, ids: torch.Tensor, config: MistakesConfig) -> tuple[list[
     return samples, (
         rows,
         [
-            f"Wrong: the first call of the process, {ms(first['prefill'][0])} ms for {tokens} tokens, says that a prompt "
-            f"token is {told} than a decode step of {ms(step)} ms.",
+            f"Wrong: the first call of the process, {ms(first['prefill'][0])} ms for {tokens} tokens, says that a "
+            f"prompt token is {told} than a decode step of {ms(step)} ms.",
             f"Right: the median of {len(warm)} later calls; a prompt token costs {right / step:.2f} of a decode step. "
             f"The cold value is kept as a row of its own: it is what the first user after a restart waits.",
         ],

@@ -53,10 +53,9 @@ def download(repo: str) -> Path:
         disable_progress_bars()
     try:
         folder = Path(snapshot_download(repo, allow_patterns=FILES, max_workers=2))
-    except OSError as error:  # a connection that broke, or a full disk: the finished parts stay and are resumed
-        raise HubUnreachable(f"the download broke off ({first_line(error)})") from error
-    except Exception as error:
-        raise HubUnreachable(f"the download failed ({type(error).__name__}: {first_line(error)})") from error
+    except Exception as error:  # a connection that broke, or a full disk: the finished files stay
+        refuse(repo, error)  # the record of a gated model is public, so that only its files are refused
+        raise HubUnreachable(f"the download broke off ({type(error).__name__}: {first_line(error)})") from error
     if not has_weights(folder):
         raise UserError(f"{repo} offers no safetensors weights, the only kind that this kit loads: name another model.")
     return folder
@@ -68,7 +67,6 @@ def knock(repo: str) -> None:
     In a thread of its own, because looking up a host name has no time limit that a program could set.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     if constants.HF_HUB_OFFLINE:
         raise HubUnreachable("HF_HUB_OFFLINE is set")
@@ -86,13 +84,23 @@ def knock(repo: str) -> None:
     thread.join(ANSWER_WITHIN_S)
     if not outcome:
         raise HubUnreachable(f"no answer within {ANSWER_WITHIN_S:.0f} s")
-    error = outcome[0]
-    if isinstance(error, GatedRepoError):
-        raise UserError(f"{repo} asks for your consent on the hub first: accept its terms there and set HF_TOKEN.")
-    if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        raise UserError(f"{repo} is no folder, .gguf file or known model of the hub: check the name, or use smollm2.")
-    if error is not None:
+    if (error := outcome[0]) is not None:
+        refuse(repo, error)
         raise HubUnreachable(first_line(error))
+
+
+def refuse(repo: str, error: Exception) -> None:
+    """UserError where this error is the hub's answer about the model, and not a failure on the way to the hub."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        raise UserError(
+            f"{repo} asks for your consent on the hub first: accept its terms there and set HF_TOKEN."
+        ) from error
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        raise UserError(
+            f"{repo} is no folder, .gguf file or known model of the hub: check the name, or use smollm2."
+        ) from error
 
 
 def failed_lately() -> str | None:
@@ -106,6 +114,10 @@ def failed_lately() -> str | None:
 
 
 def remember_failure(why: str) -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:  # a wish, which costs no wait and ends with the variable
+        return
     note = {"hub": endpoint(), "at": time.time(), "why": why}
     scratch = failure_note().with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(note))

@@ -1,0 +1,84 @@
+"""Fixtures that many tests share. Nothing needs a network; models are tiny and random, their arithmetic is real."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Converted models and ceilings go to a folder of this test run, and no test asks a model hub by accident."""
+    os.environ["LLM_INFER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def tiny_config(family: str):
+    from transformers import GPT2Config, LlamaConfig
+
+    if family == "gpt2":
+        return GPT2Config(
+            vocab_size=97, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=96
+        )
+    return LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=96,
+    )  # fmt: skip
+
+
+def tiny_model(family: str):
+    """A Model with two random layers and a context of 256 tokens. GPT-2: tied head, learned positions; Llama: GQA."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from model import Model, Place
+
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    # Fresh GPT-2 weights answer the same token for ever. Larger ones make every step depend on its context.
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim >= 2:
+                p.mul_(30)
+    place = Place(torch.device("cpu"), torch.float32, "test")
+    return Model(net, place, "sdpa", f"tiny {family}", "test", "0" * 12, False, frozenset({96}))
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def any_model(request: pytest.FixtureRequest):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint on disk: tiny Llama weights, and a tokenizer of one token per byte with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)} | {"<end>": 256}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant] "
+    tokenizer.save_pretrained(folder)
+    import torch
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=256, eos_token_id=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

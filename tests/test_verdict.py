@@ -1,0 +1,83 @@
+"""Is the verdict calibrated? False alarms at most 5 %, and a real difference found at the sample size it promised."""
+
+import math
+import random
+
+import pytest
+
+from lab.verdict import interleaved, rounds_needed, steady_rounds, verdict
+
+
+def noisy_rounds(rng: random.Random, n: int, ratio: float, spread: float) -> tuple[list[float], list[float]]:
+    """n rounds of A and B: a drift common to both (up to 2x between rounds), and noise of each one's own."""
+    drift = [math.exp(rng.uniform(-0.35, 0.35)) for _ in range(n)]
+    own = spread / math.sqrt(2)
+    return (
+        [ratio * d * math.exp(rng.gauss(0, own)) for d in drift],
+        [d * math.exp(rng.gauss(0, own)) for d in drift],
+    )
+
+
+@pytest.mark.parametrize("n", [6, 12])
+def test_equal_variants_are_called_different_at_most_once_in_twenty(n):
+    rng = random.Random(n)
+    trials = 2000
+    wrong = sum(verdict(*noisy_rounds(rng, n, 1.0, 0.04)).word in ("FASTER", "SLOWER") for _ in range(trials))
+    assert wrong / trials <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+
+
+@pytest.mark.parametrize("spread", [0.03, 0.08, 0.15])
+def test_a_real_difference_of_ten_percent_is_found_at_the_promised_number_of_rounds(spread):
+    n = rounds_needed(spread, 0.10, power=0.9)
+    rng, trials = random.Random(7), 1000
+    found = sum(verdict(*noisy_rounds(rng, n, 1.10, spread)).word == "SLOWER" for _ in range(trials))
+    assert found / trials >= 0.9 - 3 * math.sqrt(0.9 * 0.1 / trials)
+
+
+def test_the_promise_is_not_wasteful():
+    """A third fewer rounds must not keep the same promise, or rounds_needed() asks for too many."""
+    n = rounds_needed(0.15, 0.10, power=0.9)
+    rng, trials = random.Random(8), 1000
+    found = sum(verdict(*noisy_rounds(rng, n * 2 // 3, 1.10, 0.15)).word == "SLOWER" for _ in range(trials))
+    assert found / trials < 0.9
+
+
+def test_words_follow_the_interval():
+    base = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
+    assert verdict([0.5 * x for x in base], [1.0] * 6).word == "FASTER"
+    assert verdict([1.5 * x for x in base], [1.0] * 6).word == "SLOWER"
+    assert verdict(base, [1.0] * 6).word == "WITHIN NOISE"
+    wide = verdict([1.0, 1.5, 0.7, 1.3, 0.6, 1.2], [1.0] * 6)
+    assert wide.word == "NO VERDICT" and "more rounds" in wide.reason
+
+
+def test_a_point_is_never_compared_with_a_point():
+    """Half the time, from one round or five, is no verdict: that is how false conclusions got into notes."""
+    for n in (1, 5):
+        said = verdict([0.5] * n, [1.0] * n)
+        assert said.word == "NO VERDICT" and not said.not_slower
+
+
+def test_two_changes_at_once_give_no_verdict():
+    said = verdict([0.5] * 8, [1.0] * 8, factors=("batch size", "prompt"))
+    assert (said.word, said.reason) == ("NO VERDICT", "more than one factor differs: batch size, prompt")
+
+
+def test_rounds_on_a_disturbed_machine_are_dropped_and_counted():
+    anchors = [1.0, 1.02, 0.99, 1.6, 1.01, 1.0, 0.98, 1.03]
+    assert steady_rounds(anchors) == [0, 1, 2, 4, 5, 6, 7]
+    slow, fast = [0.5, 0.51, 0.5, 9.0, 0.5, 0.49, 0.5, 0.5], [1.0] * 8
+    said = verdict(slow, fast, anchors=anchors)
+    assert (said.word, said.rounds, said.dropped) == ("FASTER", 7, 1)
+
+
+def test_variants_take_turns_in_turning_order():
+    calls: list[str] = []
+    variants = [lambda: calls.append("A") or 1.0, lambda: calls.append("B") or 2.0]
+    assert list(interleaved(variants, 3)) == [[1.0, 2.0]] * 3
+    assert "".join(calls) == "ABBAAB"
+
+
+def test_unpaired_samples_are_refused():
+    with pytest.raises(ValueError, match="equal numbers of rounds"):
+        verdict([1.0], [1.0, 2.0])
