@@ -204,8 +204,8 @@ def save(config: Config, record: dict[str, Any], tables: str) -> UserError | Non
             append_line(cited_path(config), record)
             append_note(Path(config.notes_file), note_text(record, tables, config.note))
     except OSError as error:
-        rescue = Path(tempfile.gettempdir()) / f"{record['id']}.json"
         try:
+            rescue = Path(tempfile.gettempdir()) / f"{record['id']}.json"
             rescue.write_text(json.dumps(record, ensure_ascii=False))
             where = f"it was saved as {rescue} instead"
         except OSError:

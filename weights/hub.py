@@ -1,7 +1,7 @@
 """A checkpoint from a model hub, through huggingface_hub: the local cache first, then one short knock, then a download.
 
 huggingface_hub would retry for minutes where a network is down. So one small request must answer within five seconds,
-or the hub counts as unreachable. A download that has begun is never cut.
+or the hub counts as unreachable. A download that has begun is never cut while it delivers.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from config import UserError, cache_dir
 
 ANSWER_WITHIN_S = 5.0
+SILENCE_S = 10.0  # between two bytes, once the hub has answered; huggingface_hub's own limit for files
 REMEMBER_FAILURE_S = 3600.0
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 
@@ -45,10 +46,13 @@ def has_weights(folder: Path) -> bool:
 
 def download(repo: str) -> Path:
     """Fetch a checkpoint. HubUnreachable, or UserError when the hub answers that there is no such model."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_session, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     knock(repo)
+    hooks = get_session().event_hooks["request"]
+    if limit_silence not in hooks:
+        hooks.append(limit_silence)
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
@@ -59,6 +63,12 @@ def download(repo: str) -> Path:
     if not has_weights(folder):
         raise UserError(f"{repo} offers no safetensors weights, the only kind that this kit loads: name another model.")
     return folder
+
+
+def limit_silence(request) -> None:
+    """A time limit where huggingface_hub sets none: it would wait for ever for the list of a model's files."""
+    limits = request.extensions["timeout"]
+    request.extensions["timeout"] = {phase: limit or SILENCE_S for phase, limit in limits.items()}
 
 
 def knock(repo: str) -> None:

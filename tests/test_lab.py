@@ -1,0 +1,219 @@
+"""Card, ceilings, sampler, breakdown: they read the real machine, so the tests ask for meaning, not for values."""
+
+import json
+import time
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from lab import card, ceilings, roofline
+from lab.breakdown import PARTS, breakdown, by_part, hooked, parts_of, profiled
+from lab.breakdown_report import tables
+from lab.fits import line
+from lab.sampler import Sampler, Usage, process_age_s
+from model import decode_step, ids_tensor, prefill
+
+CPU = torch.device("cpu")
+
+
+# ---- card
+
+
+def test_every_item_of_the_card_is_readable_or_says_that_it_is_not(monkeypatch):
+    whole = card.hardware_card(CPU)
+    assert {"CPU", "Cores", "Threads in use", "Caches", "RAM", "GPU", "Versions", "Commit", "Load average"} <= set(
+        whole
+    )
+    assert all(value.strip() for value in whole.values())
+    monkeypatch.setattr(card, "read", lambda _: None)
+    monkeypatch.setattr(card, "command", lambda *_: "")
+    blind = card.hardware_card(CPU)
+    assert blind["Caches"] == card.UNREADABLE
+    assert blind["Instruction sets"].startswith(card.UNREADABLE)
+    assert blind["Commit"] == "not readable (no git checkout)"
+
+
+def test_the_card_reads_what_the_kernel_writes(monkeypatch):
+    files = {
+        "/proc/cpuinfo": "processor: 0\nmodel name\t: Some CPU\ncpu family : 6\nmodel : 143\n"
+        "flags: fpu avx2 avx512f hypervisor\n\nprocessor: 1\nmodel name: Other\n",
+        "/sys/fs/cgroup/cpu.max": "150000 100000",
+        "/sys/fs/cgroup/memory.max": "8000000000",
+    }
+    monkeypatch.setattr(card, "read", lambda path: files.get(str(path)))
+    assert card.cpu_model() == "Some CPU (cpu family 6, model 143)"
+    assert card.isa() == "avx2 avx512f"
+    assert (card.cpu_limit(), card.memory_limit()) == (
+        ", limited to 1.5 by the container",
+        ", limited to 8.0 GB by the container",
+    )
+    files["/sys/fs/cgroup/cpu.max"] = "max 100000"
+    assert (card.cpu_limit(), card.virtualisation()) == ("", "virtual machine")
+
+
+# ---- roofline and ceilings
+
+
+def test_the_floor_of_a_phase_is_its_higher_wall():
+    low = roofline.floor(flops=2_000, read_bytes=300, flops_per_s=1_000, bytes_per_s=100)
+    assert (low.compute_s, low.memory_s, low.least_s, low.wall) == (2.0, 3.0, 3.0, "memory")
+    assert roofline.floor(4_000, 300, 1_000, 100).wall == "compute"
+    assert roofline.of_ceiling(work=50, seconds=2, per_s=100) == 0.25
+
+
+def test_more_than_a_ceiling_is_called_impossible():
+    assert roofline.impossible({"decode MBU": 0.99}) is None
+    assert "decode MBU 104%" in roofline.impossible({"decode MBU": 1.04, "prefill MFU": 0.5})
+
+
+def test_ceilings_are_kept_per_machine_and_measured_anew_on_demand(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_INFER_CACHE", str(tmp_path))
+    measured: list[float] = []
+
+    def fake(_device):
+        measured.append(1.0)
+        return ceilings.Ceilings(1e9 * len(measured), {"float32": 1e10})
+
+    monkeypatch.setattr(ceilings, "measure", fake)
+    first = ceilings.kept(CPU, "machine A")
+    assert ceilings.kept(CPU, "machine A") == first and len(measured) == 1
+    assert ceilings.kept(CPU, "machine B") != first
+    assert ceilings.kept(CPU, "machine A") == first  # B's value did not replace A's
+    assert ceilings.kept(CPU, "machine A", recalibrate=True).bytes_per_s == 3e9
+    for broken in ("", "[]", '{"v1 cpu machine A": {"nonsense": 1}}'):
+        (tmp_path / "ceilings.json").write_text(broken)
+        ceilings.kept(CPU, "machine A")
+        assert json.loads((tmp_path / "ceilings.json").read_text())
+    assert len(measured) == 6
+
+
+def test_bandwidth_counts_each_byte_once():
+    """A probe that read twice, or half, would move every share of a ceiling. A plain sum must agree within 3x."""
+    probe = ceilings.read_bandwidth(CPU, repeats=3, size=64 << 20)
+    data = np.ones(16 << 20, np.float32)
+    data.sum()
+    start = time.perf_counter()
+    data.sum()
+    plain = data.nbytes / (time.perf_counter() - start)
+    assert plain / 3 < probe < plain * 3 * torch.get_num_threads()
+
+
+def test_the_anchor_is_short_and_reads_both_ceilings():
+    bandwidth, rate = ceilings.anchor(CPU, torch.float32)
+    assert 1e8 < bandwidth < 1e13 and 1e8 < rate < 1e15
+
+
+# ---- sampler
+
+
+def test_the_sampler_sees_a_busy_core_and_memory_that_was_taken():
+    usage = Usage()
+    with Sampler(usage, interval_s=0.02):
+        block = np.ones(100 << 20, np.uint8)
+        end = time.perf_counter() + 0.4
+        while time.perf_counter() < end:
+            block[: 1 << 16].sum()
+    found = usage.summary()
+    assert found["cpu_cores_mean"] > 0.3
+    assert found["rss_peak_bytes"] > block.nbytes
+    assert found["samples"] >= 5
+
+
+def test_a_gpu_is_sampled_through_its_driver_and_its_absence_has_a_reason(monkeypatch):
+    Memory = namedtuple("Memory", "used")
+    Rates = namedtuple("Rates", "gpu")
+
+    class Driver:
+        closed = 0
+        nvmlDeviceGetHandleByIndex = staticmethod(lambda _: "handle")
+        nvmlDeviceGetUtilizationRates = staticmethod(lambda _: Rates(80))
+        nvmlDeviceGetMemoryInfo = staticmethod(lambda _: Memory(5_000))
+        nvmlDeviceGetPowerUsage = staticmethod(lambda _: 250_000)
+
+        def nvmlShutdown(self) -> None:
+            Driver.closed += 1
+
+    usage = Usage()
+    monkeypatch.setattr("lab.sampler.open_gpu", lambda: (Driver(), None))
+    with Sampler(usage, interval_s=0.01):
+        time.sleep(0.05)
+    found = usage.summary()
+    assert (found["gpu_percent_mean"], found["gpu_watts_mean"], found["gpu_peak_bytes"]) == (80.0, 250.0, 5000)
+    assert Driver.closed == 1
+    empty = Usage(gpu_missing="no driver").summary()
+    assert (empty["gpu_percent_mean"], empty["gpu_missing"]) == (None, "no driver")  # missing is never 0
+
+
+def test_the_age_of_a_process_grows_as_the_clock_does():
+    before, start = process_age_s(), time.perf_counter()
+    time.sleep(0.05)
+    assert process_age_s() - before == pytest.approx(time.perf_counter() - start, abs=0.03)
+    assert before > 0
+
+
+# ---- breakdown
+
+
+def test_every_part_of_both_families_is_found_once(any_model):
+    parts = list(parts_of(any_model.net).values())
+    layers = any_model.heads[0]
+    assert (parts.count("attention"), parts.count("MLP"), parts.count("head")) == (layers, layers, 1)
+    assert parts.count("norms") == 2 * layers + 1
+    assert parts.count("embedding") == 2  # tokens, and positions (learned, or rotary)
+
+
+def test_parts_add_up_to_the_phase_and_hooks_are_gone_afterwards(any_model):
+    ids = ids_tensor([[1, 2, 3, 4]])
+    with hooked(any_model.net, CPU) as marks:
+        start = time.perf_counter()
+        seconds, (token, _) = by_part(marks, lambda: prefill(any_model, ids))
+        whole = time.perf_counter() - start
+    assert set(seconds) == set(PARTS)
+    assert all(value >= 0 for value in seconds.values())
+    assert 0.3 * whole < sum(seconds.values()) <= whole
+    assert token.item() == prefill(any_model, ids)[0].item()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_model.net.modules())
+
+
+@pytest.mark.parametrize(("name", "part"), [("mlp", "MLP"), ("self_attn", "attention"), ("input_layernorm", "norms")])
+def test_a_part_that_is_made_slow_is_the_one_that_is_blamed(llama, monkeypatch, name, part):
+    module = getattr(llama.net.model.layers[0], name)
+    real = module.forward
+    monkeypatch.setattr(module, "forward", lambda *args, **more: time.sleep(0.05) or real(*args, **more))
+    with hooked(llama.net, CPU) as marks:
+        seconds, _ = by_part(marks, lambda: prefill(llama, ids_tensor([[1, 2]])))
+    assert seconds[part] > 0.05 > sum(seconds.values()) - seconds[part]
+
+
+def test_the_breakdown_prints_parts_the_price_of_looking_and_operators(any_model, tmp_path):
+    ids, trace = ids_tensor([[1, 2, 3, 4]]), tmp_path / "trace.json"
+    first, step = (lambda: prefill(any_model, ids)), (lambda state: decode_step(any_model, *state))
+    phases = breakdown(any_model.net, CPU, first, step, 3, range(2))
+    operators = profiled(CPU, first, step, 3, str(trace))
+    text = tables({"phases": phases, "operators": operators, "steps": 3, "trace": str(trace)})
+    for word in (*PARTS, "total", "aten::", "with hooks", "open it in https://ui.perfetto.dev"):
+        assert word in text
+    assert len(phases["decode"]["plain_s"]) == len(phases["decode"]["hooked_s"]) == 2
+    weights = phases["decode"]["weight_bytes"]
+    assert sum(weights.values()) == pytest.approx(any_model.read_bytes(1, 0), rel=0.02)
+
+
+def test_the_trace_is_what_perfetto_reads(any_model, tmp_path):
+    trace = tmp_path / "new folder" / "trace.json"
+    ids = ids_tensor([[1, 2, 3, 4]])
+    profiled(CPU, lambda: prefill(any_model, ids), lambda state: decode_step(any_model, *state), 2, str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {"prefill", "decode step 1", "decode step 2"} <= names
+
+
+# ---- fits
+
+
+def test_a_line_through_points_on_a_line_is_that_line():
+    fit = line([1, 2, 4], [5, 7, 11])
+    assert (fit.start, fit.slope) == (pytest.approx(3), pytest.approx(2))
+    with pytest.raises(ValueError, match="two places"):
+        line([3, 3, 3], [1, 2, 3])
