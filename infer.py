@@ -112,13 +112,17 @@ def measure(model: Model, tokenizer: Tokenizer, config: InferConfig) -> dict[str
     try:
         for _ in range(config.warmup):
             request()
-        before = ceilings.anchor(model.device, model.place.dtype)
+        probe = ceilings.Probe(model.device)
+        usage.probe_bytes = probe.data.nbytes if model.device.type == "cpu" else 0
+        before = probe.anchor(model.place.dtype)
         for _ in console.progress(range(config.runs), config.runs, "timed runs"):
             with Sampler(usage):
                 run, answer = request()
-            after = ceilings.anchor(model.device, model.place.dtype)
+            after = probe.anchor(model.place.dtype)
             found["runs"].append(run)
-            found["run_ceilings"].append([max(pair) for pair in zip(before, after, strict=True)])
+            found["run_ceilings"].append(
+                [max(before.bytes_per_s, after.bytes_per_s), max(before.flops_per_s, after.flops_per_s)]
+            )
             found["same_tokens"] &= answer.ids == found["ids"]
             before = after
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ import torch
 from config import cache_dir
 from metrics import synchronize
 
-READ_BYTES = 256 << 20  # far outside any cache of a laptop; 4 times the largest L3 seen
+READ_BYTES = 256 << 20  # far outside a laptop's caches; a server's L3 of 256 MB or more would flatter it
 GPU_READ_BYTES = 4 << 30
 VERSION = 1  # raise it when a probe changes, so that kept values are measured anew
 
@@ -33,6 +33,15 @@ class Ceilings:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """The two ceilings at one moment, and the seconds that one reading and one matrix product took together."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    seconds: float
+
+
 def median_s(call: Callable[[], object], repeats: int) -> float:
     times = []
     for _ in range(repeats):
@@ -44,22 +53,44 @@ def median_s(call: Callable[[], object], repeats: int) -> float:
     return median(times)
 
 
-def read_bandwidth(device: torch.device, repeats: int = 7, size: int | None = None) -> float:
-    """Bytes per second of reading memory once, with as many threads as the arithmetic uses.
+class Probe:
+    """Reads memory as fast as plain code can, with as many threads as the arithmetic uses.
 
     CPU: each thread takes the maximum of its part of a numpy array. (A matrix-vector product in PyTorch reaches half of
-    this on some machines; a ceiling taken from it would flatter every figure below it.)
-    GPU: the sum of a large tensor.
+    this on some machines; a ceiling taken from it would flatter every figure below it.) GPU: the sum of a large tensor.
+    The memory is taken once and held: on a virtual machine, taking it anew costs more than reading it thirty times.
     """
-    if device.type != "cpu":
-        data = torch.ones((size or GPU_READ_BYTES) // 4, device=device)
-        data.sum()
-        return data.nbytes / median_s(lambda: data.sum(), repeats)
-    data = np.ones((size or READ_BYTES) // 4, np.float32)
-    parts = np.array_split(data, torch.get_num_threads())
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(np.max, parts))  # starts the threads
-        return data.nbytes / median_s(lambda: list(pool.map(np.max, parts)), repeats)
+
+    def __init__(self, device: torch.device, size: int | None = None) -> None:
+        self.device = device
+        if device.type == "cpu":
+            self.data = np.ones((size or READ_BYTES) // 4, np.float32)
+            self.parts = np.array_split(self.data, torch.get_num_threads())
+            self.pool = ThreadPoolExecutor(len(self.parts))
+        else:
+            self.data = torch.ones((size or GPU_READ_BYTES) // 4, device=device)
+        self.read()  # starts the threads, or chooses the kernel
+
+    def read(self) -> None:
+        if self.device.type == "cpu":
+            list(self.pool.map(np.max, self.parts))
+        else:
+            self.data.sum()
+
+    def bytes_per_s(self, repeats: int) -> float:
+        return self.data.nbytes / median_s(self.read, repeats)
+
+    def anchor(self, dtype: torch.dtype) -> Anchor:
+        """About 50 ms of fixed work: how the machine is at this moment.
+
+        Bandwidth drifts by up to two times between minutes on shared hosts. So a measured block is read against the
+        larger of the values before and after it, and a round whose anchor stands out is dropped.
+        """
+        size = 2048 if self.device.type != "cpu" else 1024 if dtype == torch.float32 else 256
+        a = torch.randn(size, size, device=self.device).to(dtype)
+        a @ a
+        read_s, gemm_s = median_s(self.read, repeats=3), median_s(lambda: a @ a, repeats=3)
+        return Anchor(self.data.nbytes / read_s, 2 * size**3 / gemm_s, read_s + gemm_s)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, budget_s: float = 0.4, largest: int = 8192) -> float:
@@ -82,7 +113,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, budget_s: float = 0.4, l
 def measure(device: torch.device) -> Ceilings:
     """All ceilings of a device, in under five seconds."""
     start = time.perf_counter()
-    bandwidth = read_bandwidth(device, repeats=15)
+    bandwidth = Probe(device).bytes_per_s(repeats=15)
     rates = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         try:
@@ -110,16 +141,3 @@ def kept(device: torch.device, machine: str, recalibrate: bool = False) -> Ceili
     scratch.write_text(json.dumps({**known, key: asdict(ceilings)}, indent=1))
     os.replace(scratch, path)
     return ceilings
-
-
-def anchor(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes per second, FLOPs per second) now, in about 50 ms of fixed work: a reading of how the machine is just now.
-
-    Bandwidth drifts by up to two times between minutes on shared hosts. So a measured block is read against the larger
-    of the values before and after it, and a round whose anchor stands out is dropped.
-    """
-    size = 2048 if device.type != "cpu" else 1024 if dtype == torch.float32 else 256
-    bandwidth = read_bandwidth(device, repeats=3)
-    a = torch.randn(size, size, device=device).to(dtype)
-    a @ a
-    return bandwidth, 2 * size**3 / median_s(lambda: a @ a, repeats=3)

@@ -169,7 +169,11 @@ def memory_table(record: Record) -> str:
             f"{memory['kv_bytes_per_token']:,} bytes a token × {memory['kv_tokens']} tokens",
         ),
         ("KV cache, held", mb(memory["kv_held_bytes"], 2), "bytes of the cache's tensors"),
-        ("peak RSS during the runs", mb(usage["rss_peak_bytes"], 0), f"{usage['samples']} samples"),
+        (
+            "peak RSS during the runs",
+            mb(usage["rss_peak_bytes"], 0),
+            f"{usage['samples']} samples; {mb(usage['probe_bytes'], 0)} MB of it are the bandwidth probe's",
+        ),
     ]
     if memory["vram_peak_bytes"] is not None:
         rows.append(("peak VRAM", mb(memory["vram_peak_bytes"], 0), "PyTorch's allocator"))

@@ -20,12 +20,14 @@ class Usage:
     gpu_bytes: list[int] = field(default_factory=list)
     gpu_watts: list[float] = field(default_factory=list)
     gpu_missing: str | None = None
+    probe_bytes: int = 0  # of the resident memory, what the bandwidth probe holds
 
     def summary(self) -> dict:
         """Means and peaks; None where nothing was sampled."""
         return {
             "cpu_cores_mean": mean(self.cpu_cores) if self.cpu_cores else None,
             "rss_peak_bytes": max(self.rss_bytes, default=None),
+            "probe_bytes": self.probe_bytes,
             "gpu_percent_mean": mean(self.gpu_percent) if self.gpu_percent else None,
             "gpu_peak_bytes": max(self.gpu_bytes, default=None),
             "gpu_watts_mean": mean(self.gpu_watts) if self.gpu_watts else None,

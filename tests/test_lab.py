@@ -91,7 +91,7 @@ def test_ceilings_are_kept_per_machine_and_measured_anew_on_demand(tmp_path, mon
 
 def test_bandwidth_counts_each_byte_once():
     """A probe that read twice, or half, would move every share of a ceiling. A plain sum must agree within 3x."""
-    probe = ceilings.read_bandwidth(CPU, repeats=3, size=64 << 20)
+    probe = ceilings.Probe(CPU, size=64 << 20).bytes_per_s(repeats=3)
     data = np.ones(16 << 20, np.float32)
     data.sum()
     start = time.perf_counter()
@@ -101,8 +101,9 @@ def test_bandwidth_counts_each_byte_once():
 
 
 def test_the_anchor_is_short_and_reads_both_ceilings():
-    bandwidth, rate = ceilings.anchor(CPU, torch.float32)
-    assert 1e8 < bandwidth < 1e13 and 1e8 < rate < 1e15
+    now = ceilings.Probe(CPU, size=64 << 20).anchor(torch.float32)
+    assert 1e8 < now.bytes_per_s < 1e13 and 1e8 < now.flops_per_s < 1e15
+    assert now.seconds == pytest.approx((64 << 20) / now.bytes_per_s + 2 * 1024**3 / now.flops_per_s)
 
 
 # ---- sampler

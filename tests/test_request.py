@@ -38,7 +38,8 @@ def record() -> dict:
         "ledger": [["Python starts", 0.02], ["imports (torch, transformers, …)", 2.5], ["load_model", 1.5]],
         "memory": {"weight_bytes": 400_000_000, "kv_bytes_per_token": 36_864, "kv_tokens": 24,
                    "kv_predicted_bytes": 884_736, "kv_held_bytes": 884_736, "vram_peak_bytes": None},
-        "usage": {"rss_peak_bytes": 900_000_000, "samples": 12, "cpu_cores_mean": 1.9, "gpu_missing": "no driver"},
+        "usage": {"rss_peak_bytes": 900_000_000, "probe_bytes": 268_435_456, "samples": 12, "cpu_cores_mean": 1.9,
+                  "gpu_missing": "no driver"},
     }  # fmt: skip
 
 

@@ -1,12 +1,17 @@
 """The scripts as a user meets them: output, records, bad input, pipes, locales, Ctrl-C."""
 
+import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -212,17 +217,20 @@ def test_a_full_disk_behind_stdout_is_one_sentence(checkpoint_folder, tmp_path):
 def test_ctrl_c_prints_and_saves_what_was_measured_and_marks_it(tmp_path, checkpoint_folder):
     """stderr is a terminal here, so that the progress bar tells when the first run is over."""
     record, (master, slave) = tmp_path / "x.jsonl", os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a terminal of no width gets no bar
     process = subprocess.Popen(
         command("--model", str(checkpoint_folder), "--runs", "100000", "--json", str(record), "--max-new-tokens", "30"),
         stdout=subprocess.PIPE, stderr=slave, text=True,
     )  # fmt: skip
-    seen = b""
+    seen, deadline = b"", time.monotonic() + 90
     while not re.search(rb"[1-9]\d*/100000", seen):
-        seen += os.read(master, 4096)
+        assert time.monotonic() < deadline and process.poll() is None, seen
+        if select.select([master], [], [], 1)[0]:
+            seen += os.read(master, 4096)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
-    os.set_blocking(master, False)
-    seen += os.read(master, 1 << 16)
+    while select.select([master], [], [], 0)[0]:
+        seen += os.read(master, 1 << 16)
     assert process.returncode == 130
     assert "PARTIAL: interrupted" in out and "### STATS" in out
     assert b"Traceback" not in seen

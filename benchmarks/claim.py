@@ -1,0 +1,20 @@
+"""A claim: what is promised, what was measured just now, and whether it held."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from metrics import table
+
+
+@dataclass(frozen=True)
+class Claim:
+    what: str
+    promised: str
+    measured: str
+    holds: bool | None  # None: the measurement could not tell
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    words = {True: "holds", False: "FAILS", None: "undecided"}
+    rows = [(c.what, c.promised, c.measured, words[c.holds]) for c in claims]
+    return table([("claim", "left"), ("promised", "left"), ("measured here", "left"), ("", "left")], rows)
