@@ -32,7 +32,7 @@ from lab import breakdown_report, ceilings, console, records, request_tables, re
 from lab.card import hardware_card, machine_key
 from lab.request_figures import Run
 from lab.sampler import Sampler, Usage, process_age_s
-from metrics import Stats, table, timed, timer_cost_s
+from metrics import Stats, timed, timer_cost_s
 from model import (
     Model,
     check_fits,
@@ -163,17 +163,6 @@ def memory_of(model: Model, prompt_tokens: int, found: dict[str, Any]) -> dict[s
     }
 
 
-def model_card(what: dict[str, Any]) -> dict[str, str]:
-    model = what["model"]
-    return {
-        "Model": f"{model['name']}, {model['parameters'] / 1e6:.1f} M parameters, {model['attention']} attention"
-        + (" (TIMING ONLY: random weights)" if model["timing_only"] else ""),
-        "Weights": f"{model['origin']}; hash {model['hash']}",
-        "Device, dtype": f"{model['device']}, {model['dtype']} ({model['dtype_reason']})",
-        "Prompt": f"{what['prompt_tokens']} tokens ({what['template']}): {request_tables.quoted(what['prompt'])}",
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     age_at_main, in_main = process_age_s(), time.perf_counter()
     config = InferConfig.from_cli(__doc__, argv)
@@ -204,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         "ceilings": vars(ceiling),
         "load": {name: ledger[name][0] for name in ("load_tokenizer", "load_model")},
     }
-    page.show("### Model\n\n" + table([("item", "left"), ("value", "left")], list(model_card(record).items())))
+    page.show(request_tables.model_table(record))
     page.show(request_tables.theory_table(record))
 
     before_first = time.perf_counter() - in_main - sum(seconds for samples in ledger.values() for seconds in samples)
@@ -222,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         *([("first decode step", record["cold"]["decode"][0])] if record["cold"]["decode"] else []),
     ]
     record["verdicts"] = request_words.sentences(record)
-    if config.breakdown or config.trace:
+    if (config.breakdown or config.trace) and not record["partial"]:
         add_breakdown(model, tokenizer, config, record)
     return report(config, record, page)
 
@@ -233,6 +222,8 @@ def add_breakdown(model: Model, tokenizer: Tokenizer, config: InferConfig, recor
         record["breakdown"] = breakdown_report.measure(
             model.net, ids, partial(prefill, model), partial(decode_step, model), config.max_new_tokens, config.trace
         )
+        said = breakdown_report.sentence(record["breakdown"], record["ceilings"]["bytes_per_s"])
+        record["verdicts"] += [said] if said else []
     except KeyboardInterrupt:  # the runs are measured: they are kept
         record["partial"] = True
 

@@ -5,46 +5,63 @@ python3 -m benchmarks --only decode_loop       # one of them
 python3 -m benchmarks --model random:distilgpt2
 """
 
-from config import Settings, check_packages, knob
+from config import PromptConfig, check_packages, knob
 
 if __name__ == "__main__":
     check_packages()
 
 import importlib
-from dataclasses import dataclass
-
-import torch
+import json
+from dataclasses import asdict, dataclass
 
 from benchmarks.claim import Claim, claims_table
-from lab import console
+from lab import console, records
 from lab.card import hardware_card
 from lab.request_tables import card_table
+from model import load
 
 ALL = ("timer", "bandwidth", "decode_loop", "identity", "start")
 
 
 @dataclass(frozen=True)
-class BenchConfig(Settings):
-    model: str = knob("smollm2", "the model that is measured", env="LLM_INFER_MODEL")
+class BenchConfig(PromptConfig):
+    model: str | None = knob("smollm2", "the model that is measured", env="LLM_INFER_MODEL")
     only: str = knob("all", "one benchmark instead of all", choices=("all", *ALL))
 
 
 def main(argv: list[str] | None = None) -> int:
     config = BenchConfig.from_cli(__doc__, argv)
-    names = ALL if config.only == "all" else (config.only,)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(
-        "# Benchmarks: what this kit claims, measured here\n\n" + card_table(hardware_card(device)) + "\n", flush=True
-    )
+    records.check_writable(config, "benchmarks")
+    model, _, prompt = load(config)
+    card, page = hardware_card(model.device), console.Page(silent=config.json == "-")
+    record = records.new_record("benchmarks", "day1-claims", config, card)
+    record |= {"model": model.description(), "prompt": config.prompt_text(), "prompt_tokens": len(prompt),
+               "batch_policy": "one request at a time", "kv_cache": "on", "gpu_utilisation": "not sampled"}  # fmt: skip
+    del model
+    page.show("# Benchmarks: what this kit claims, measured here\n\n" + card_table(card), keep=False)
     found: list[Claim] = []
     try:
-        for name in names:
+        for name in ALL if config.only == "all" else (config.only,):
             found += importlib.import_module(f"benchmarks.{name}").claims(config.model)
-    finally:
-        print(claims_table(found))
-    if any(claim.holds is False for claim in found):
-        return 1
-    return 3 if any(claim.holds is None for claim in found) else 0
+    except KeyboardInterrupt:
+        record["partial"] = True
+    return finish(config, record, found, page)
+
+
+def finish(config: BenchConfig, record: dict, found: list[Claim], page: console.Page) -> int:
+    """Save, print, and tell by the exit status whether the claims hold."""
+    words = [f"{claim.what}: {claim.word}" for claim in found]
+    record |= {"claims": [asdict(claim) for claim in found], "verdicts": words}
+    failure = records.save(config, record, claims_table(found))
+    page.show(claims_table(found))
+    page.show(f"Record [{record['id']}]" + (" PARTIAL: interrupted" if record["partial"] else ""))
+    if config.json == "-":
+        print(json.dumps(record, ensure_ascii=False))
+    if failure:
+        raise failure
+    if record["partial"]:
+        return console.INTERRUPTED
+    return 1 if any(c.holds is False for c in found) else 3 if any(c.holds is None for c in found) else 0
 
 
 if __name__ == "__main__":

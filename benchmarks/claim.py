@@ -13,8 +13,11 @@ class Claim:
     measured: str
     holds: bool | None  # None: the measurement could not tell
 
+    @property
+    def word(self) -> str:
+        return {True: "holds", False: "FAILS", None: "undecided"}[self.holds]
+
 
 def claims_table(claims: Sequence[Claim]) -> str:
-    words = {True: "holds", False: "FAILS", None: "undecided"}
-    rows = [(c.what, c.promised, c.measured, words[c.holds]) for c in claims]
+    rows = [(c.what, c.promised, c.measured, c.word) for c in claims]
     return table([("claim", "left"), ("promised", "left"), ("measured here", "left"), ("", "left")], rows)

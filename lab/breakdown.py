@@ -5,6 +5,7 @@ Python between the modules) belongs to no part and is shown as the framework's r
 alternate, so that the price of looking is part of the answer.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -193,6 +194,7 @@ def profiled(
 
     trace: a file for the timeline, which https://ui.perfetto.dev and chrome://tracing open. UserError if unwritable.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library prints its own two lines on stderr
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
         with record_function("prefill"):

@@ -71,6 +71,27 @@ def hook_price(phases: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def sentence(found: dict[str, Any], bytes_per_s: float) -> str | None:
+    """Whether the kernels or the framework around them keep decode from its wall; None without decode steps."""
+    decode = found["phases"].get("decode")
+    if decode is None:
+        return None
+    whole = sum(decode["parts_s"].values())
+    heavy = sum(decode["parts_s"][part] for part in ("attention", "MLP", "head"))
+    rate = sum(decode["weight_bytes"].values()) / heavy
+    framework = decode["parts_s"]["framework"] / whole
+    told = (
+        f"Why does decode not reach its wall? Attention, MLP and head hold the weights: they take {heavy / whole:.0%} "
+        f"of a step and read them at {rate / 1e9:.1f} of {bytes_per_s / 1e9:.1f} GB/s. The framework between the parts "
+        f"takes {framework:.0%}. "
+    )
+    if heavy / whole > 0.5 and rate < 0.7 * bytes_per_s:
+        return told + "So it is the kernels: they read far below what this machine can."
+    if framework > 0.3:
+        return told + "So it is the framework: Python and the launching of kernels, not the arithmetic."
+    return told + "No single part is to blame."
+
+
 def operators_table(operators: list[dict], most: int = 8) -> str:
     whole = sum(o["own_s"] for o in operators)
     rows = [(o["operator"], o["calls"], ms(o["own_s"], 2), f"{o['own_s'] / whole:.0%}") for o in operators[:most]]

@@ -27,6 +27,22 @@ def card_table(card: dict[str, str]) -> str:
     return "### Card\n\n" + table([("item", "left"), ("value", "left")], list(card.items()))
 
 
+def model_table(record: Record) -> str:
+    """The second half of the card: which model ran, from which weights, on what, and with which prompt."""
+    model = record["model"]
+    kind = " (TIMING ONLY: random weights)" if model["timing_only"] else ""
+    rows = [
+        (
+            "Model",
+            f"{model['name']}, {model['parameters'] / 1e6:.1f} M parameters, {model['attention']} attention{kind}",
+        ),
+        ("Weights", f"{model['origin']}; hash {model['hash']}"),
+        ("Device, dtype", f"{model['device']}, {model['dtype']} ({model['dtype_reason']})"),
+        ("Prompt", f"{record['prompt_tokens']} tokens ({record['template']}): {quoted(record['prompt'])}"),
+    ]
+    return "### Model\n\n" + table([("item", "left"), ("value", "left")], rows)
+
+
 def ceilings_line(ceilings: dict[str, Any]) -> str:
     rates = ", ".join(f"{name} {rate / 1e9:,.1f}" for name, rate in ceilings["flops_per_s"].items())
     return f"reads memory at {ceilings['bytes_per_s'] / 1e9:.1f} GB/s; multiplies matrices at {rates} GFLOP/s"

@@ -10,7 +10,7 @@ import torch
 
 from lab import card, ceilings, roofline
 from lab.breakdown import PARTS, breakdown, by_part, hooked, parts_of, profiled
-from lab.breakdown_report import tables
+from lab.breakdown_report import sentence, tables
 from lab.fits import line
 from lab.sampler import Sampler, Usage, process_age_s
 from model import decode_step, ids_tensor, prefill
@@ -199,6 +199,21 @@ def test_the_breakdown_prints_parts_the_price_of_looking_and_operators(any_model
     assert len(phases["decode"]["plain_s"]) == len(phases["decode"]["hooked_s"]) == 2
     weights = phases["decode"]["weight_bytes"]
     assert sum(weights.values()) == pytest.approx(any_model.read_bytes(1, 0), rel=0.02)
+
+
+def test_the_breakdown_blames_kernels_or_framework_by_the_numbers():
+    """100 MB of weights: read in 50 of 60 ms that is 2 of 20 GB/s; in 8 of 60 ms the framework is what is left."""
+    sizes = dict.fromkeys(PARTS, 0) | {"MLP": 100_000_000}
+
+    def told(mlp: float, framework: float) -> str:
+        parts = dict.fromkeys(PARTS, 0.0) | {"MLP": mlp, "framework": framework}
+        return sentence({"phases": {"decode": {"parts_s": parts, "weight_bytes": sizes}}}, bytes_per_s=20e9)
+
+    assert "take 83% of a step and read them at 2.0 of 20.0 GB/s" in told(0.05, 0.01)
+    assert told(0.05, 0.01).endswith("So it is the kernels: they read far below what this machine can.")
+    assert "So it is the framework" in told(0.008, 0.052)
+    assert told(0.006, 0.002).endswith("No single part is to blame.")
+    assert sentence({"phases": {}}, 1.0) is None
 
 
 def test_the_trace_is_what_perfetto_reads(any_model, tmp_path):

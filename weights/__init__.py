@@ -1,1 +1,1 @@
-"""Where models come from: the hub, a folder, a GGUF file, the embedded model, or seeded random numbers."""
+"""Where models come from (hub, folder, GGUF file, embedded, random), and on which device they are put."""
