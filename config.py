@@ -6,12 +6,16 @@ This module holds wishes only ("auto"); model.resolve() decides which device and
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import Self  # not in Python 3.10, which check_packages() turns away in a sentence
 
 MODEL_NAME = "distilgpt2"
 DEVICE = "auto"  # cuda, else mps, else cpu
@@ -31,7 +35,7 @@ def knob(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a Config.
 
     Metadata: quick = its value under --quick; env = the environment variable that sets it; choices = the allowed
-    words; least = the smallest allowed number; flags = {flag: value} for words that are flags of their own;
+    words; least, most = the allowed numbers; flags = {flag: value} for words that are flags of their own;
     positional = it stands without a flag; optional_text = the flag may stand without a value.
     """
     return field(default=default, metadata={"help": help, **metadata})
@@ -46,13 +50,15 @@ class Settings:
             value, least = getattr(self, f.name), f.metadata.get("least")
             if least is not None and value < least:
                 raise UserError(f"--{dashed(f.name)} must be at least {least}, and is {value}.")
+            if "most" in f.metadata and value > f.metadata["most"]:
+                raise UserError(f"--{dashed(f.name)} must be at most {f.metadata['most']}, and is {value}.")
             if value is not None and value not in f.metadata.get("choices", (value,)):
                 raise UserError(
                     f"{flag_or_env(f)} must be one of {', '.join(f.metadata['choices'])}, and is {value!r}."
                 )
 
     @classmethod
-    def from_cli(cls, doc: str, argv: list[str] | None = None) -> Self:
+    def from_cli(cls, doc: str, argv: list[str] | None = None) -> "Self":
         """The values given on the command line, else in the environment, else --quick's, else the defaults."""
         given = vars(parser_of(cls, doc).parse_args(argv))
         for f in fields(cls):
@@ -61,7 +67,12 @@ class Settings:
                 given[f.name] = os.environ[env]
             if given.get("quick") and f.name not in given and "quick" in f.metadata:
                 given[f.name] = f.metadata["quick"]
-        return cls(**given)
+        return cls(**cls.completed(given))
+
+    @classmethod
+    def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The given values, with those that follow from them."""
+        return given
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Config(Settings):
         "sdpa", "attention kernel: PyTorch's fused one, or plain matrix products", choices=("sdpa", "eager")
     )
     threads: int = knob(0, "CPU threads for the arithmetic; 0 = PyTorch's own choice", least=0)
-    seed: int = knob(0, "seed of random weights and of every random choice", least=0)
+    seed: int = knob(0, "seed of random weights and of every random choice", least=0, most=2**63 - 1)
     quick: bool = knob(False, "a first look: fewer runs and tokens, wider intervals")
     recalibrate: bool = knob(False, "measure this machine's bandwidth and GEMM rate anew")
     json: str | None = knob(None, "append the record to this file instead of results/; - prints it, and no tables")
@@ -112,18 +123,22 @@ class PromptConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_file and self.prompt != PROMPT:
-            raise UserError("--prompt and --prompt-file exclude each other: give one of them.")
-        if not self.prompt_text().strip():
+        if not self.prompt.strip():
             raise UserError("The prompt is empty: give --prompt TEXT or --prompt-file FILE with at least one word.")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt):
+            raise UserError("The prompt is no UTF-8 text: give it in UTF-8, or as a UTF-8 file with --prompt-file.")
 
-    def prompt_text(self) -> str:
-        if not self.prompt_file:
-            return self.prompt
+    @classmethod
+    def completed(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Reads --prompt-file, once: it may be a pipe."""
+        if "prompt_file" not in given:
+            return given
+        if "prompt" in given:
+            raise UserError("--prompt and --prompt-file exclude each other: give one of them.")
         try:
-            return Path(self.prompt_file).read_text(encoding="utf-8")
+            return given | {"prompt": Path(given["prompt_file"]).read_text(encoding="utf-8")}
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {self.prompt_file} cannot be read as UTF-8 text: {error}.") from error
+            raise UserError(f"--prompt-file {given['prompt_file']} cannot be read as UTF-8 text: {error}.") from error
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -183,6 +198,12 @@ def flag_or_env(f) -> str:
 
 def check_packages() -> None:
     """Leave with one sentence when this Python lacks the packages. Scripts call it before their own imports."""
+    if sys.version_info < (3, 11):  # noqa: UP036  (this line is for those below it)
+        print(
+            f"This is Python {sys.version.split()[0]}: 3.11 or newer is needed (make PYTHON=python3.12).",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -203,3 +224,11 @@ def cache_dir() -> Path:
     except OSError as error:
         raise UserError(f"The cache folder {path} cannot be made ({error}): set LLM_INFER_CACHE to another.") from error
     return path
+
+
+def keep(path: Path, text: str) -> None:
+    """Write a small file of the cache in one step. A cache that cannot be written costs time at the next start only."""
+    scratch = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        scratch.write_text(text)
+        os.replace(scratch, path)

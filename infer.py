@@ -16,23 +16,23 @@ import time
 
 STARTED = time.perf_counter()  # the cold-start ledger counts the imports below
 
-from config import PromptConfig, check_packages, knob
+from config import PromptConfig, UserError, check_packages, knob
 
 if __name__ == "__main__":
     check_packages()
 
-import json
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lab import breakdown_report, ceilings, console, records, request_tables, request_words
-from lab.card import hardware_card, machine_key
-from lab.request_figures import Run
+from lab.card import gpu_uuid, hardware_card, machine_key
+from lab.request_figures import Run, run_ceilings
 from lab.sampler import Sampler, Usage, process_age_s
-from metrics import Stats, timed, timer_cost_s
+from metrics import Stats, number, timed, timer_cost_s
 from model import (
     Model,
     check_fits,
@@ -94,31 +94,33 @@ def as_run(stats: Stats) -> Run:
     return {name: values[0] for name, values in stats.items()} | {"decode": stats.get("decode", [])}
 
 
-def measure(model: Model, tokenizer: Tokenizer, config: InferConfig) -> dict[str, Any]:
+def measure(model: Model, tokenizer: Tokenizer, config: InferConfig, gemm_size: int) -> dict[str, Any]:
     """The cold request, the warm-ups, then the timed runs, each between two readings of the machine's ceilings.
 
     Ctrl-C ends it early: what was measured so far is returned and marked partial.
     """
-    text, usage = config.prompt_text(), Usage()
+    usage, uuid = Usage(), gpu_uuid(model.device)
     found: dict[str, Any] = {"runs": [], "run_ceilings": [], "partial": False, "same_tokens": True}
 
     def request() -> tuple[Run, Answer]:
         stats: Stats = {}
-        answer = one_request(model, tokenizer, text, config, stats)
+        answer = one_request(model, tokenizer, config.prompt, config, stats)
         return as_run(stats), answer
 
     found["cold"], answer = request()
     found["text"], found["ids"], found["kv_held_bytes"] = answer.text, answer.ids, kv_cache_bytes(answer.cache)
+    # Read before the bandwidth probe takes its own memory.
+    found["vram_peak_bytes"] = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
     try:
         for _ in range(config.warmup):
             request()
         probe = ceilings.Probe(model.device)
         usage.probe_bytes = probe.data.nbytes if model.device.type == "cpu" else 0
-        before = probe.anchor(model.place.dtype)
+        before = probe.anchor(model.place.dtype, gemm_size)
         for _ in console.progress(range(config.runs), config.runs, "timed runs"):
-            with Sampler(usage):
+            with Sampler(usage, uuid):
                 run, answer = request()
-            after = probe.anchor(model.place.dtype)
+            after = probe.anchor(model.place.dtype, gemm_size)
             found["runs"].append(run)
             found["run_ceilings"].append(
                 [max(before.bytes_per_s, after.bytes_per_s), max(before.flops_per_s, after.flops_per_s)]
@@ -131,23 +133,26 @@ def measure(model: Model, tokenizer: Tokenizer, config: InferConfig) -> dict[str
     return found
 
 
+def work_of(model: Model, prompt_tokens: int, new_tokens: int) -> dict[str, dict[str, int]]:
+    """FLOPs and bytes of the prefill, and of the mean decode step: they grow linearly with the tokens in the cache."""
+    mean_cached = prompt_tokens + max(new_tokens - 2, 0) // 2
+    return {
+        phase: {"tokens": new, "flops": model.flops(new, cached), "read_bytes": model.read_bytes(new, cached)}
+        for phase, new, cached in (("prefill", prompt_tokens, 0), ("decode", 1, mean_cached))
+    }
+
+
 def describe(model: Model, tokenizer: Tokenizer, config: InferConfig, prompt_tokens: int) -> dict[str, Any]:
     """What ran: the model, the prompt, and the work that each phase must do."""
-    # The work of a decode step grows linearly with its context: the step halfway is the mean of all.
-    halfway = prompt_tokens + config.max_new_tokens // 2
-    floors = {
-        phase: {"tokens": new, "flops": model.flops(new, cached), "read_bytes": model.read_bytes(new, cached)}
-        for phase, new, cached in (("prefill", prompt_tokens, 0), ("decode", 1, halfway))
-    }
     return {
         "model": model.description(),
         "tokenizer": tokenizer.name,
         "template": tokenizer.template,
-        "prompt": config.prompt_text(),
+        "prompt": config.prompt,
         "prompt_tokens": prompt_tokens,
         "batch_policy": "one request at a time",
         "kv_cache": "on (transformers DynamicCache)",
-        "floors": floors,
+        "floors": work_of(model, prompt_tokens, config.max_new_tokens),
     }
 
 
@@ -159,14 +164,14 @@ def memory_of(model: Model, prompt_tokens: int, found: dict[str, Any]) -> dict[s
         "kv_tokens": kv_tokens,
         "kv_predicted_bytes": kv_tokens * model.kv_bytes_per_token(),
         "kv_held_bytes": found.pop("kv_held_bytes"),
-        "vram_peak_bytes": torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None,
+        "vram_peak_bytes": found.pop("vram_peak_bytes"),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
     age_at_main, in_main = process_age_s(), time.perf_counter()
     config = InferConfig.from_cli(__doc__, argv)
-    records.check_writable(config, "infer")
+    records.check_writable(config, "infer", *([(Path(config.trace), "another --trace FILE")] if config.trace else []))
     page = console.Page(silent=config.json == "-")
     ledger: Stats = {}
     with timed("find the weights", ledger):
@@ -184,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         model = load_model(checkpoint, config, place)
     with timed("load_tokenizer", ledger):
         tokenizer = load_tokenizer(checkpoint.folder, model.vocabulary if model.timing_only else None, config.template)
-    prompt_tokens = len(tokenizer.encode(config.prompt_text()))
+    prompt_tokens = len(tokenizer.encode(config.prompt))
     check_fits(model, prompt_tokens, config.max_new_tokens)
     record = records.new_record("infer", "day1-one-request", config, card) | describe(
         model, tokenizer, config, prompt_tokens
@@ -197,10 +202,12 @@ def main(argv: list[str] | None = None) -> int:
     page.show(request_tables.theory_table(record))
 
     before_first = time.perf_counter() - in_main - sum(seconds for samples in ledger.values() for seconds in samples)
-    record |= measure(model, tokenizer, config)
+    record |= measure(model, tokenizer, config, ceiling.gemm_size.get(model.place.dtype_name, 256))
+    record["floors"] = work_of(model, prompt_tokens, len(record["ids"]))  # an end token may have come early
     record["timer_cost_s"] = timer_cost_s()
     record["memory"] = memory_of(model, prompt_tokens, record)
-    record["gpu_utilisation"] = record["usage"]["gpu_missing"] or f"{record['usage']['gpu_percent_mean']:.0f} %"
+    percent = record["usage"]["gpu_percent_mean"]
+    record["gpu_utilisation"] = number(percent, 0, unit=" %") if percent is not None else "N/A (no GPU was used)"
     record["output_hash"] = records.output_hash(record["ids"])
     record["ledger"] = [
         ("Python starts", age_at_main - (in_main - STARTED)),
@@ -217,19 +224,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def add_breakdown(model: Model, tokenizer: Tokenizer, config: InferConfig, record: dict[str, Any]) -> None:
-    ids = ids_tensor([tokenizer.encode(config.prompt_text())]).to(model.device)
+    ids = ids_tensor([tokenizer.encode(config.prompt)]).to(model.device)
     try:
         record["breakdown"] = breakdown_report.measure(
             model.net, ids, partial(prefill, model), partial(decode_step, model), config.max_new_tokens, config.trace
         )
-        said = breakdown_report.sentence(record["breakdown"], record["ceilings"]["bytes_per_s"])
+        said = breakdown_report.sentence(record["breakdown"], run_ceilings(record)[0])
         record["verdicts"] += [said] if said else []
     except KeyboardInterrupt:  # the runs are measured: they are kept
         record["partial"] = True
+    except UserError as error:
+        console.warn(str(error))
 
 
 def report(config: InferConfig, record: dict[str, Any], page: console.Page) -> int:
-    """Save first, then print: a closed pipe or a full disk must not cost what was measured."""
     shown = request_tables.quoted(record["text"], 2000)
     noise = "(not shown: the weights are random, the text is noise)"
     sections = [
@@ -240,19 +248,10 @@ def report(config: InferConfig, record: dict[str, Any], page: console.Page) -> i
         request_tables.ledger_table(record),
         request_tables.memory_table(record),
         *([breakdown_report.tables(record["breakdown"])] if "breakdown" in record else []),
-        "### Verdict\n\n" + "\n".join(f"- {sentence}" for sentence in record["verdicts"]),
     ]
-    failure = records.save(config, record, "\n\n".join([*page.parts, *sections[:-1]]))
-    for section in sections:
-        page.show(section)
-    if config.json == "-":
-        print(json.dumps(record, ensure_ascii=False))
-    page.show(f"Record [{record['id']}]" + (" PARTIAL: interrupted" if record["partial"] else ""))
     for warning in request_words.warnings(record):
         console.warn(warning)
-    if failure:
-        raise failure
-    return console.INTERRUPTED if record["partial"] else 0
+    return console.conclude(config, record, page, sections)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from config import PromptConfig, check_packages, knob
 if __name__ == "__main__":
     check_packages()
 
-import json
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
@@ -25,7 +24,7 @@ from lab.card import hardware_card, machine_key
 from lab.request_tables import card_table, quoted
 from lab.verdict import t_half_width
 from metrics import Stats, mb, ms, table, timed
-from model import Model, greedy, ids_tensor, kv_cache_bytes, kv_cache_layers, load
+from model import Model, greedy, ids_tensor, kv_cache_bytes, kv_cache_layers, load, transformers_generate
 from tokenizer import Tokenizer
 
 
@@ -106,19 +105,6 @@ def steps_table(runs: list[dict[str, Any]], tokenizer: Tokenizer, timing_only: b
     return f"### Decode: one token in, one token out (median of {len(runs)} runs)\n\n" + table(columns, rows)
 
 
-def reference_tokens(model: Model, ids: torch.Tensor, stops: frozenset[int], config: InspectConfig) -> list[int]:
-    """What transformers' own generate() answers to the same ids."""
-    out = model.net.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=config.max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=0,
-    )
-    return out[0, ids.shape[1] :].tolist()
-
-
 def sentences(model: Model, runs: list[dict[str, Any]], reference: list[int], read_s_per_byte: float) -> list[str]:
     tokens = runs[0]["tokens"]
     if any(run["tokens"] != reference for run in runs):
@@ -171,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     record = records.new_record("inspect_prefill_decode", "day1-prefill-decode-by-hand", config, card)
     record |= {
         "model": model.description(),
-        "prompt": config.prompt_text(),
+        "prompt": config.prompt,
         "prompt_tokens": len(prompt),
         "batch_policy": "one request at a time",
         "kv_cache": "on (transformers DynamicCache)",
@@ -180,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     page.show("# Day 1, by hand: prefill and decode, pass by pass\n\n" + card_table(card), keep=False)
     page.show(
         f"Model: {model.name}, {model.place.dtype_name} on {model.device.type}; {model.origin}; "
-        f"hash {model.weights_hash}. Prompt: {quoted(config.prompt_text())} ({tokenizer.template})."
+        f"hash {model.weights_hash}. Prompt: {quoted(config.prompt)} ({tokenizer.template})."
     )
     ids, stops = ids_tensor([prompt]).to(model.device), model.stops(config.ignore_eos)
     show_prefill(model, ids, tokenizer, page)
@@ -193,24 +179,14 @@ def main(argv: list[str] | None = None) -> int:
         partial = True
     if not runs:
         raise KeyboardInterrupt
-    reference = reference_tokens(model, ids, stops, config)
-    verdicts = sentences(model, runs, reference, read_s_per_byte=1 / ceiling.bytes_per_s)
+    reference = transformers_generate(model, ids, max_new_tokens=config.max_new_tokens, eos_ids=stops)[0].tolist()
     record |= {
         "runs": runs,
         "partial": partial,
-        "verdicts": verdicts,
         "output_hash": records.output_hash(runs[0]["tokens"]),
+        "verdicts": sentences(model, runs, reference, read_s_per_byte=1 / ceiling.bytes_per_s),
     }
-    text = steps_table(runs, tokenizer, model.timing_only)
-    failure = records.save(config, record, "\n\n".join([*page.parts, text]))
-    page.show(text)
-    page.show("### Verdict\n\n" + "\n".join(f"- {sentence}" for sentence in verdicts))
-    page.show(f"Record [{record['id']}]" + (" PARTIAL: interrupted" if partial else ""))
-    if config.json == "-":
-        print(json.dumps(record, ensure_ascii=False))
-    if failure:
-        raise failure
-    return console.INTERRUPTED if partial else 0
+    return console.conclude(config, record, page, [steps_table(runs, tokenizer, model.timing_only)])
 
 
 if __name__ == "__main__":

@@ -202,6 +202,32 @@ def generate(
     return torch.cat(new, dim=1)
 
 
+def transformers_generate(
+    model: Model,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    eos_ids: frozenset[int] = frozenset(),
+    pad_id: int = 0,
+) -> torch.Tensor:
+    """What generate() above must equal: the new tokens of transformers' own greedy generate().
+
+    A checkpoint's generation_config may ask for penalties even where nothing is sampled; they are switched off.
+    """
+    out = model.net.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(eos_ids) or None,
+        pad_token_id=pad_id,
+    )
+    return out[:, ids.shape[1] :]
+
+
 def kv_cache_layers(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The cache as (keys, values) per layer, each (B, KV heads, tokens, head dimension)."""
     return [(layer.keys, layer.values) for layer in cache.layers]
@@ -220,6 +246,8 @@ def load_model(checkpoint: Checkpoint, config: Config, place: Place) -> Model:
     if config.threads:
         torch.set_num_threads(config.threads)
     net, weights_hash = load_net(checkpoint, place.device, place.dtype, config.attention, config.seed)
+    if not hasattr(net.config.get_text_config(), "num_attention_heads"):
+        raise UserError(f"{checkpoint.name} has no attention and so no KV cache to look at: name a transformer.")
     eos = net.generation_config.eos_token_id
     return Model(
         net=net.eval(),
@@ -238,7 +266,7 @@ def load(config: PromptConfig) -> tuple[Model, Tokenizer, list[int]]:
     checkpoint, place = find(config.model), resolve(config)
     model = load_model(checkpoint, config, place)
     tokenizer = load_tokenizer(checkpoint.folder, model.vocabulary if model.timing_only else None, config.template)
-    ids = tokenizer.encode(config.prompt_text())
+    ids = tokenizer.encode(config.prompt)
     check_fits(model, len(ids), config.max_new_tokens)
     return model, tokenizer, ids
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lab import checklist, console
-from lab.records import replace_whole
+from lab.records import rewrite
 from metrics import table
 
 
@@ -50,10 +50,15 @@ def main(argv: list[str] | None = None) -> int:
         print(wall_table(wall))
         print(f"\n{sum(s.done for s in wall)} of {len(wall)} done.")
     if config.write:
-        text, found = checklist.ticked(notes, wall)
+        found = 0
+
+        def tick(old: bytes) -> bytes:
+            nonlocal found
+            text, found = checklist.ticked(old.decode(errors="surrogateescape"), wall)
+            return text.encode(errors="surrogateescape")
+
         try:
-            if text != notes:
-                replace_whole(path.resolve(), text.encode(errors="surrogateescape"))
+            rewrite(path, tick)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): make it writable.") from error
         console.warn(None if found else f"{path} holds no checklist row, so nothing was ticked.")

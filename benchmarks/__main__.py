@@ -11,7 +11,6 @@ if __name__ == "__main__":
     check_packages()
 
 import importlib
-import json
 from dataclasses import asdict, dataclass
 
 from benchmarks.claim import Claim, claims_table
@@ -35,14 +34,14 @@ def main(argv: list[str] | None = None) -> int:
     model, _, prompt = load(config)
     card, page = hardware_card(model.device), console.Page(silent=config.json == "-")
     record = records.new_record("benchmarks", "day1-claims", config, card)
-    record |= {"model": model.description(), "prompt": config.prompt_text(), "prompt_tokens": len(prompt),
+    record |= {"model": model.description(), "prompt": config.prompt, "prompt_tokens": len(prompt),
                "batch_policy": "one request at a time", "kv_cache": "on", "gpu_utilisation": "not sampled"}  # fmt: skip
     del model
     page.show("# Benchmarks: what this kit claims, measured here\n\n" + card_table(card), keep=False)
     found: list[Claim] = []
     try:
         for name in ALL if config.only == "all" else (config.only,):
-            found += importlib.import_module(f"benchmarks.{name}").claims(config.model)
+            found += importlib.import_module(f"benchmarks.{name}").claims(config)
     except KeyboardInterrupt:
         record["partial"] = True
     return finish(config, record, found, page)
@@ -50,18 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def finish(config: BenchConfig, record: dict, found: list[Claim], page: console.Page) -> int:
     """Save, print, and tell by the exit status whether the claims hold."""
-    words = [f"{claim.what}: {claim.word}" for claim in found]
-    record |= {"claims": [asdict(claim) for claim in found], "verdicts": words}
-    failure = records.save(config, record, claims_table(found))
-    page.show(claims_table(found))
-    page.show(f"Record [{record['id']}]" + (" PARTIAL: interrupted" if record["partial"] else ""))
-    if config.json == "-":
-        print(json.dumps(record, ensure_ascii=False))
-    if failure:
-        raise failure
-    if record["partial"]:
-        return console.INTERRUPTED
-    return 1 if any(c.holds is False for c in found) else 3 if any(c.holds is None for c in found) else 0
+    record |= {
+        "claims": [asdict(claim) for claim in found],
+        "verdicts": [f"{claim.what}: {claim.word}" for claim in found],
+    }
+    status = console.conclude(config, record, page, [claims_table(found)])
+    return status or (1 if any(c.holds is False for c in found) else 3 if any(c.holds is None for c in found) else 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from config import PromptConfig
 from metrics import table
 
 
@@ -16,6 +17,11 @@ class Claim:
     @property
     def word(self) -> str:
         return {True: "holds", False: "FAILS", None: "undecided"}[self.holds]
+
+
+def rounds(config: PromptConfig, full: int) -> int:
+    """With --quick a third of the rounds: enough to see that a benchmark runs, seldom enough for its verdict."""
+    return max(full // 3, 6) if config.quick else full
 
 
 def claims_table(claims: Sequence[Claim]) -> str:

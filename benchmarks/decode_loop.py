@@ -2,27 +2,19 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from benchmarks.claim import Claim
+from benchmarks.claim import Claim, rounds
 from config import PromptConfig
-from lab.ceilings import Probe
+from lab.ceilings import Probe, gemm_rate
 from lab.console import progress
 from lab.verdict import interleaved, verdict
-from model import Model, generate, ids_tensor, load
+from model import Model, generate, ids_tensor, load, transformers_generate
 
 ROUNDS = 48
 NEW_TOKENS = 16
-
-
-def reference(model: Model, ids: torch.Tensor, new_tokens: int) -> list[int]:
-    """The tokens of transformers' own greedy generate(), end tokens not heeded."""
-    out = model.net.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
-    )  # fmt: skip
-    return out[0, ids.shape[1] :].tolist()
 
 
 def loops(model: Model, ids: torch.Tensor) -> tuple[list[Callable[[], float]], list[list[int]]]:
@@ -40,19 +32,21 @@ def loops(model: Model, ids: torch.Tensor) -> tuple[list[Callable[[], float]], l
         return run
 
     ours = timed_loop(lambda: generate(model, ids, max_new_tokens=NEW_TOKENS)[0].tolist())
-    theirs = timed_loop(lambda: reference(model, ids, NEW_TOKENS))
+    theirs = timed_loop(lambda: transformers_generate(model, ids, max_new_tokens=NEW_TOKENS)[0].tolist())
     return [ours, theirs], outputs
 
 
-def claims(model_name: str) -> list[Claim]:
-    model, _, prompt = load(PromptConfig(model=model_name, max_new_tokens=NEW_TOKENS))
+def claims(config: PromptConfig) -> list[Claim]:
+    model, _, prompt = load(replace(config, max_new_tokens=NEW_TOKENS))
+    dtype = model.place.dtype
     variants, outputs = loops(model, ids_tensor([prompt]).to(model.device))
     list(interleaved(variants, 1))  # warms both up
-    probe, rounds, anchors = Probe(model.device), [], []
-    for seconds in progress(interleaved(variants, ROUNDS), ROUNDS, "decode loop"):
-        rounds.append(seconds)
-        anchors.append(probe.anchor(model.place.dtype).seconds)
-    said = verdict(*zip(*rounds, strict=True), noise=0.03, anchors=anchors)
+    _, size = gemm_rate(model.device, dtype)
+    probe, seconds, anchors, count = Probe(model.device), [], [], rounds(config, ROUNDS)
+    for pair in progress(interleaved(variants, count), count, "decode loop"):
+        seconds.append(pair)
+        anchors.append(probe.anchor(dtype, size).seconds)
+    said = verdict(*zip(*seconds, strict=True), noise=0.03, anchors=anchors)
     same = all(tokens == outputs[0] for tokens in outputs)
     undecided = same and said.word == "NO VERDICT"
     return [

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.claim import Claim
-from config import ROOT, cache_dir
+from config import ROOT, PromptConfig, cache_dir
 
 
 def timed_start(*arguments: str, **environment: str) -> tuple[dict[str, float], dict]:
@@ -28,8 +28,9 @@ def timed_start(*arguments: str, **environment: str) -> tuple[dict[str, float], 
         return seen, json.loads(record.read_text())
 
 
-def claims(model_name: str) -> list[Claim]:
-    seen, record = timed_start("--model", model_name, HF_HUB_OFFLINE="1")
+def claims(config: PromptConfig) -> list[Claim]:
+    quick = ["--quick"] if config.quick else []
+    seen, record = timed_start("--model", config.model, *quick, HF_HUB_OFFLINE="1")
     every = [record["cold"], *record["runs"], record["runs"][0]]  # the warm-up is not recorded: taken as a first run
     runs = sum(run["total"] for run in every)
     stats = seen["STATS"] - runs
@@ -40,11 +41,12 @@ def claims(model_name: str) -> list[Claim]:
     with socket.create_server(("127.0.0.1", 0)) as silent, tempfile.TemporaryDirectory() as home:
         # A listening socket that nobody accepts from: connections are made, and never answered.
         hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        silent_hub = {"HF_ENDPOINT": hub, "HF_HOME": home, "HF_HUB_CACHE": home, "HF_HUB_OFFLINE": "0"}
         (cache_dir() / "hub-unreachable.json").unlink(missing_ok=True)
-        _, record = timed_start("--quick", HF_ENDPOINT=hub, HF_HOME=home, HF_HUB_OFFLINE="0")
+        _, record = timed_start("--quick", **silent_hub)
         waited = dict(record["ledger"])["find the weights"]
-        _, record = timed_start("--quick", HF_ENDPOINT=hub, HF_HOME=home, HF_HUB_OFFLINE="0")
+        _, record = timed_start("--quick", **silent_hub)
         again = dict(record["ledger"])["find the weights"]
     text = f"{waited:.2f} s to find the weights, {again:.2f} s at the second start"
-    found.append(Claim("a hub that never answers", "≤ 5 s, once an hour", text, waited <= 5.5 and again < 1))
+    found.append(Claim("a hub that never answers", "≤ 5 s, once an hour", text, 1 < waited <= 5.1 and again < 1))
     return found

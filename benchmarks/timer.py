@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
-from benchmarks.claim import Claim
+from benchmarks.claim import Claim, rounds
 from config import PromptConfig
 from lab.console import progress
 from lab.verdict import interleaved, verdict
-from metrics import Stats, timer_cost_s
+from metrics import Stats, synchronize, timer_cost_s
 from model import Model, generate, ids_tensor, load
 
 ROUNDS = 16
@@ -17,21 +18,24 @@ NEW_TOKENS = 16
 
 def decode_seconds(model: Model, ids, stats: Stats | None) -> Callable[[], float]:
     def run() -> float:
+        synchronize()
         start = time.perf_counter()
         generate(model, ids, max_new_tokens=NEW_TOKENS, stats=stats)
+        synchronize()
         return time.perf_counter() - start
 
     return run
 
 
-def claims(model_name: str) -> list[Claim]:
-    model, _, prompt = load(PromptConfig(model=model_name, max_new_tokens=NEW_TOKENS))
+def claims(config: PromptConfig) -> list[Claim]:
+    model, _, prompt = load(replace(config, max_new_tokens=NEW_TOKENS))
     ids = ids_tensor([prompt]).to(model.device)
     stats: Stats = {}
     variants = [decode_seconds(model, ids, stats), decode_seconds(model, ids, None)]
     list(interleaved(variants, 1))  # warms both up
-    rounds = list(progress(interleaved(variants, ROUNDS), ROUNDS, "timer"))
-    said = verdict(*zip(*rounds, strict=True), noise=0.03)
+    count = rounds(config, ROUNDS)
+    seconds = list(progress(interleaved(variants, count), count, "timer"))
+    said = verdict(*zip(*seconds, strict=True), noise=0.03)
     cost = timer_cost_s()
     share = cost / median(stats["decode"])
     return [

@@ -20,7 +20,11 @@ from config import UserError
 from metrics import synchronize
 
 PARTS = ("embedding", "attention", "MLP", "norms", "head", "sampling", "framework")
-NAMES = {"attention": ("attn", "attention"), "MLP": ("mlp", "feed_forward", "ffn", "moe"), "norms": ("norm", "ln_")}
+NAMES = {
+    "attention": ("attn", "attention"),
+    "MLP": ("mlp", "feed_forward", "ffn", "moe", "fc"),
+    "norms": ("norm", "ln_"),
+}
 
 Phase = Callable[[], Any]  # does the phase's work; what it returns is handed to the next phase
 
@@ -141,20 +145,23 @@ def breakdown(
     def without_hooks() -> None:
         seconds, state = plain(prefill)
         plain_s["prefill"].append(seconds)
-        seconds, _ = plain(lambda: repeat(decode, state, steps))
-        plain_s["decode"].append(seconds)
+        each = []
+        for _ in range(steps):
+            seconds, state = plain(lambda state=state: decode(state))
+            each.append(seconds)
+        plain_s["decode"].append(sum(each))
 
     def with_hooks() -> None:
         with hooked(net, device) as marks:
-            seconds, state = by_part(marks, prefill)
+            whole, (seconds, state) = plain(lambda: by_part(marks, prefill))
             parts["prefill"].append(seconds)
-            hooked_s["prefill"].append(sum(seconds.values()))
+            hooked_s["prefill"].append(whole)
             each = []
             for _ in range(steps):
-                seconds, state = by_part(marks, lambda state=state: decode(state))
-                each.append(seconds)
-            parts["decode"] += each
-            hooked_s["decode"].append(sum(sum(seconds.values()) for seconds in each))
+                whole, (seconds, state) = plain(lambda state=state: by_part(marks, lambda: decode(state)))
+                parts["decode"].append(seconds)
+                each.append(whole)
+            hooked_s["decode"].append(sum(each))
 
     for number in rounds:
         for variant in (without_hooks, with_hooks) if number % 2 == 0 else (with_hooks, without_hooks):
@@ -170,12 +177,6 @@ def breakdown(
         for phase in parts
         if parts[phase]
     }
-
-
-def repeat(decode: Callable[[Any], Any], state: Any, steps: int) -> Any:
-    for _ in range(steps):
-        state = decode(state)
-    return state
 
 
 def weight_bytes(net: torch.nn.Module) -> dict[str, int]:

@@ -27,6 +27,7 @@ def hardware_card(device: torch.device) -> dict[str, str]:
         "RAM": f"{psutil.virtual_memory().total / 1e9:.1f} GB, {psutil.virtual_memory().available / 1e9:.1f} GB free"
         + memory_limit(),
         "GPU": gpu(device),
+        **vram(device),
         "OS": f"{platform.system()} {platform.release()}, {virtualisation()}",
         "Load average": load(),
         "Versions": f"Python {platform.python_version()}, "
@@ -103,16 +104,26 @@ def gpu(device: torch.device) -> str:
 
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        uuid = gpu_uuid(device)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         text = (
-            f"{pynvml.nvmlDeviceGetName(handle)}, {memory.total / 1e9:.0f} GB VRAM ({memory.free / 1e9:.0f} free), "
+            f"{pynvml.nvmlDeviceGetName(handle)}, {memory.total / 1e9:.0f} GB VRAM, "
             f"driver {pynvml.nvmlSystemGetDriverVersion()}"
         )
         pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         return f"none ({error})"
     return text + ("" if device.type == "cuda" else ", not used by this run")
+
+
+def vram(device: torch.device) -> dict[str, str]:
+    return {"VRAM free": f"{torch.cuda.mem_get_info()[0] / 1e9:.1f} GB"} if device.type == "cuda" else {}
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """By what the driver knows the GPU that torch uses: its own numbering ignores CUDA_VISIBLE_DEVICES."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
 def virtualisation() -> str:

@@ -5,7 +5,6 @@ that plain code reaches here, and everything this kit calls "of the ceiling" is 
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,20 +14,24 @@ from statistics import median
 import numpy as np
 import torch
 
-from config import cache_dir
+from config import UserError, cache_dir, keep
 from metrics import synchronize
 
 READ_BYTES = 256 << 20  # far outside a laptop's caches; a server's L3 of 256 MB or more would flatter it
 GPU_READ_BYTES = 4 << 30
-VERSION = 1  # raise it when a probe changes, so that kept values are measured anew
+VERSION = 2  # raise it when a probe changes, so that kept values are measured anew
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """bytes_per_s: memory read bandwidth. flops_per_s: GEMM rate per dtype name. seconds: what measuring took."""
+    """bytes_per_s: memory read bandwidth. flops_per_s: GEMM rate per dtype name. seconds: what measuring took.
+
+    gemm_size: per dtype name, the matrix size that reached the rate.
+    """
 
     bytes_per_s: float
     flops_per_s: dict[str, float]
+    gemm_size: dict[str, int]
     measured_at: float = 0.0
     seconds: float = 0.0
 
@@ -42,7 +45,7 @@ class Anchor:
     seconds: float
 
 
-def median_s(call: Callable[[], object], repeats: int) -> float:
+def times_s(call: Callable[[], object], repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):
         synchronize()
@@ -50,7 +53,7 @@ def median_s(call: Callable[[], object], repeats: int) -> float:
         call()
         synchronize()
         times.append(time.perf_counter() - start)
-    return median(times)
+    return times
 
 
 class Probe:
@@ -68,7 +71,7 @@ class Probe:
             self.parts = np.array_split(self.data, torch.get_num_threads())
             self.pool = ThreadPoolExecutor(len(self.parts))
         else:
-            self.data = torch.ones((size or GPU_READ_BYTES) // 4, device=device)
+            self.data = torch.ones((size or gpu_read_bytes(device)) // 4, device=device)
         self.read()  # starts the threads, or chooses the kernel
 
     def read(self) -> None:
@@ -78,49 +81,67 @@ class Probe:
             self.data.sum()
 
     def bytes_per_s(self, repeats: int) -> float:
-        return self.data.nbytes / median_s(self.read, repeats)
+        return self.data.nbytes / median(times_s(self.read, repeats))
 
-    def anchor(self, dtype: torch.dtype) -> Anchor:
-        """About 50 ms of fixed work: how the machine is at this moment.
+    def anchor(self, dtype: torch.dtype, gemm_size: int) -> Anchor:
+        """About 50 ms of fixed work: how the machine is at this moment. gemm_size: the size that calibration chose.
 
         Bandwidth drifts by up to two times between minutes on shared hosts. So a measured block is read against the
         larger of the values before and after it, and a round whose anchor stands out is dropped.
         """
-        size = 2048 if self.device.type != "cpu" else 1024 if dtype == torch.float32 else 256
-        a = torch.randn(size, size, device=self.device).to(dtype)
+        a = torch.randn(gemm_size, gemm_size, device=self.device).to(dtype)
         a @ a
-        read_s, gemm_s = median_s(self.read, repeats=3), median_s(lambda: a @ a, repeats=3)
-        return Anchor(self.data.nbytes / read_s, 2 * size**3 / gemm_s, read_s + gemm_s)
+        read_s, gemm_s = median(times_s(self.read, repeats=3)), median(times_s(lambda: a @ a, repeats=3))
+        return Anchor(self.data.nbytes / read_s, 2 * gemm_size**3 / gemm_s, read_s + gemm_s)
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype, budget_s: float = 0.4, largest: int = 8192) -> float:
-    """FLOPs per second of square matrix products, at the size that is fastest within the time budget.
+def gpu_read_bytes(device: torch.device) -> int:
+    """What the probe takes of a GPU: far outside its L2, and at most a quarter of what is free."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if free < 512 << 20:
+        raise UserError(
+            f"Only {free / 1e6:.0f} MB of GPU memory are free, too little to measure its bandwidth: free some."
+        )
+    return min(GPU_READ_BYTES, free // 4)
 
-    A format that the CPU only emulates can be a hundred times slower than float32: so the size starts small.
+
+def gemm_rate(
+    device: torch.device, dtype: torch.dtype, budget_s: float = 0.4, largest: int = 8192
+) -> tuple[float, int]:
+    """(FLOPs per second, size) of the square matrix product that runs fastest within the time budget.
+
+    A format that the CPU only emulates can be a hundred times slower than float32, so the size starts small. A ceiling
+    is what the machine can do: the fastest repeat counts, so that a busy moment does not lower it.
     """
-    best, size, deadline = 0.0, 256, time.perf_counter() + budget_s
+    best, best_size, size, deadline = 0.0, 0, 256, time.perf_counter() + budget_s
     while size <= largest:
         a = torch.randn(size, size, device=device).to(dtype)
         a @ a  # the first product of a shape also chooses its kernel
-        seconds = median_s(lambda a=a: a @ a, repeats=3)
-        best = max(best, 2 * size**3 / seconds)
-        if time.perf_counter() + 4 * 8 * seconds > deadline:  # the next size takes 8 times as long, and runs 4 times
+        fastest = min(times_s(lambda a=a: a @ a, repeats=5))
+        if 2 * size**3 / fastest > best:
+            best, best_size = 2 * size**3 / fastest, size
+        next_s = 6 * 8 * fastest  # the next size takes 8 times as long, and runs 6 times
+        if next_s > 2.0 or (size >= 1024 and time.perf_counter() + next_s > deadline):
             break
         size *= 2
-    return best
+    return best, best_size
 
 
 def measure(device: torch.device) -> Ceilings:
     """All ceilings of a device, in under five seconds."""
     start = time.perf_counter()
     bandwidth = Probe(device).bytes_per_s(repeats=15)
-    rates = {}
+    rates, sizes = {}, {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         try:
-            rates[str(dtype).removeprefix("torch.")] = gemm_rate(device, dtype)
+            name = str(dtype).removeprefix("torch.")
+            rates[name], sizes[name] = gemm_rate(device, dtype)
         except RuntimeError:  # this device cannot multiply in this format: no ceiling, and none is printed
             continue
-    return Ceilings(bandwidth, rates, measured_at=time.time(), seconds=time.perf_counter() - start)
+    return Ceilings(bandwidth, rates, sizes, measured_at=time.time(), seconds=time.perf_counter() - start)
 
 
 def kept(device: torch.device, machine: str, recalibrate: bool = False) -> Ceilings:
@@ -137,7 +158,5 @@ def kept(device: torch.device, machine: str, recalibrate: bool = False) -> Ceili
     except (OSError, ValueError, KeyError, TypeError):
         known = known if "known" in locals() and isinstance(known, dict) else {}
     ceilings = measure(device)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({**known, key: asdict(ceilings)}, indent=1))
-    os.replace(scratch, path)
+    keep(path, json.dumps({**known, key: asdict(ceilings)}, indent=1))
     return ceilings

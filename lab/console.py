@@ -1,12 +1,14 @@
 """Scripts as good Unix tools: exit statuses, pipes, narrow locales, progress on a terminal only."""
 
 import codecs
+import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from config import UserError
+from config import Config, UserError
+from lab import records
 
 # What to print where the terminal's encoding lacks a character. One for one, so that columns stay aligned.
 ASCII = dict(zip("▁▂▃▄▅▆▇█", ".:-=+*#@", strict=True)) | {
@@ -101,6 +103,7 @@ class Page:
 
     def __init__(self, silent: bool) -> None:
         self.silent = silent
+        self.closed = False  # the reader went away: what is still to be measured is measured and saved all the same
         self.parts: list[str] = []
 
     def show(self, text: str, keep: bool = True) -> None:
@@ -108,8 +111,34 @@ class Page:
         if keep:
             self.parts.append(text)
         if not self.silent:
-            print(text + "\n", flush=True)
+            self.write(text + "\n")
+
+    def write(self, text: str) -> None:
+        try:
+            if not self.closed:
+                print(text, flush=True)
+        except BrokenPipeError:
+            self.closed = True
 
     @property
     def text(self) -> str:
         return "\n\n".join(self.parts)
+
+
+def conclude(config: Config, record: dict[str, Any], page: Page, sections: Sequence[str]) -> int:
+    """The end of every script: save first, then print the sections and the verdict. Returns the exit status.
+
+    In this order a closed pipe or a full disk cannot cost what was measured.
+    """
+    verdict = "### Verdict\n\n" + "\n".join(f"- {sentence}" for sentence in record["verdicts"])
+    failure = records.save(config, record, "\n\n".join([*page.parts, *sections]))
+    for section in (*sections, verdict):
+        page.show(section)
+    page.show(f"Record [{record['id']}]" + (" PARTIAL: interrupted" if record["partial"] else ""))
+    if config.json == "-":
+        page.write(json.dumps(record, ensure_ascii=False))
+    if failure:
+        raise failure
+    if page.closed:
+        raise BrokenPipeError
+    return INTERRUPTED if record["partial"] else 0

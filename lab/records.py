@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,11 @@ def new_record(script: str, question: str, config: Config, card: dict[str, str])
         "script": script,
         "question": question,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)),
-        "command": " ".join(["python3", *quoted_command()]),
+        "command": shlex.join(["python3", *sys.orig_argv[1:]]),
         "config": asdict(config),
         "card": card,
         "partial": False,
     }
-
-
-def quoted_command() -> list[str]:
-    import shlex
-
-    return [os.path.relpath(sys.argv[0], ROOT), *map(shlex.quote, sys.argv[1:])]
 
 
 def output_hash(ids: Sequence[int]) -> str:
@@ -61,9 +56,12 @@ def results_path(config: Config, script: str) -> Path | None:
     return Path(config.json) if config.json else ROOT / "results" / f"{script}.jsonl"
 
 
-def check_writable(config: Config, script: str) -> None:
-    """Find out before measuring, not after it, that a record could not be written. UserError."""
-    targets = [(results_path(config, script), "--json FILE or --json -")]
+def check_writable(config: Config, script: str, *others: tuple[Path, str]) -> None:
+    """Find out before measuring, not after it, that a file could not be written. UserError.
+
+    others: further files, each with the remedy that its sentence names.
+    """
+    targets = [(results_path(config, script), "--json FILE or --json -"), *others]
     if config.note is not None:
         targets += [(Path(config.notes_file), "--notes-file FILE"), (cited_path(config), "--notes-file FILE")]
     for path, remedy in targets:
@@ -128,12 +126,23 @@ def cited_path(config: Config) -> Path:
 
 def append_note(path: Path, text: str) -> None:
     """Append a record to notes.md, in the file's own line endings, in one step: the old file or the new, never half."""
+
+    def longer(old: bytes) -> bytes:
+        newline = b"\r\n" if b"\r\n" in old else b"\n"
+        kept = old.rstrip(b"\r\n") + 2 * newline if old.strip() else b""
+        return kept + text.strip("\n").encode().replace(b"\n", newline) + newline
+
+    rewrite(path, longer)
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Replace a file by change(its content), while no other process of this kit does."""
     path = path.resolve()  # a linked notes.md is replaced where it lies
     with folder_locked(path.parent):
         old = path.read_bytes() if path.exists() else b""
-        newline = b"\r\n" if b"\r\n" in old else b"\n"
-        kept = old.rstrip(b"\r\n") + 2 * newline if old.strip() else b""
-        replace_whole(path, kept + text.strip("\n").encode().replace(b"\n", newline) + newline)
+        new = change(old)
+        if new != old:
+            replace_whole(path, new)
 
 
 @contextlib.contextmanager

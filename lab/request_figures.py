@@ -1,5 +1,6 @@
 """The figures of one timed request, from its raw samples. infer.py says how they are taken."""
 
+from statistics import median
 from typing import Any
 
 from lab import roofline
@@ -44,13 +45,22 @@ def shares_of_ceiling(record: Record) -> dict[str, list[float]]:
     return {name: values for name, values in found.items() if values}
 
 
-def floors_of(record: Record) -> dict[str, roofline.Floor]:
-    """The least time of the prefill and of one decode step, by the card's ceilings."""
-    ceilings, dtype = record["ceilings"], record["model"]["dtype"]
-    rate = ceilings["flops_per_s"].get(dtype)
-    if rate is None:
-        return {}
+def card_ceilings(record: Record) -> tuple[float, float] | None:
+    """(bytes per second, FLOPs per second) as kept for this machine; None for a dtype that has no ceiling here."""
+    rate = record["ceilings"]["flops_per_s"].get(record["model"]["dtype"])
+    return None if rate is None else (record["ceilings"]["bytes_per_s"], rate)
+
+
+def run_ceilings(record: Record) -> tuple[float, float]:
+    """The same as read around the runs: the median run's."""
+    bandwidths, rates = zip(*record["run_ceilings"], strict=True)
+    return median(bandwidths), median(rates)
+
+
+def floors_of(record: Record, ceilings: tuple[float, float]) -> dict[str, roofline.Floor]:
+    """The least time of the prefill and of one decode step at these ceilings."""
+    bytes_per_s, flops_per_s = ceilings
     return {
-        phase: roofline.floor(work["flops"], work["read_bytes"], rate, ceilings["bytes_per_s"])
+        phase: roofline.floor(work["flops"], work["read_bytes"], flops_per_s, bytes_per_s)
         for phase, work in record["floors"].items()
     }

@@ -8,6 +8,7 @@ from typing import Any
 from lab.request_figures import (
     STAGES,
     Record,
+    card_ceilings,
     conserved,
     floors_of,
     residual_s,
@@ -50,8 +51,8 @@ def ceilings_line(ceilings: dict[str, Any]) -> str:
 
 def theory_table(record: Record) -> str:
     """Printed before anything is measured: what each phase must do, and the least time that takes here."""
-    rows = []
-    for phase, floor in floors_of(record).items():
+    rows, ceilings = [], card_ceilings(record)
+    for phase, floor in floors_of(record, ceilings).items() if ceilings else ():
         work = record["floors"][phase]
         rows.append(
             (

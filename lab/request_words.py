@@ -4,7 +4,17 @@ from collections.abc import Sequence
 from statistics import median
 
 from lab import roofline
-from lab.request_figures import Record, conserved, floors_of, share, shares_of_ceiling, stage_s
+from lab.request_figures import (
+    Record,
+    card_ceilings,
+    conserved,
+    floors_of,
+    run_ceilings,
+    share,
+    shares_of_ceiling,
+    stage_s,
+)
+from lab.verdict import steady_rounds
 from metrics import cold_warning, median_interval, ms, unsteady_warning
 
 
@@ -42,16 +52,16 @@ def with_interval(shares: Sequence[float]) -> str:
 
 
 def wall_sentences(record: Record) -> list[str]:
-    floors, reached = floors_of(record), shares_of_ceiling(record)
-    if not floors:
+    if card_ceilings(record) is None:
         return [f"No GEMM ceiling is known for {record['model']['dtype']} here, so no wall can be named."]
+    floors, reached = floors_of(record, run_ceilings(record)), shares_of_ceiling(record)
     found = []
     for phase, work, name in (("prefill", "the prompt", "prefill MFU"), ("decode", "one step", "decode MBU")):
         floor = floors[phase]
         took = median(stage_s(r, phase) / (len(r["decode"]) if phase == "decode" else 1) for r in record["runs"])
         times = took / floor.least_s
         sentence = (
-            f"Which wall binds {phase}? {floor.wall.capitalize()}: at this machine's best rates {work} needs "
+            f"Which wall binds {phase}? {floor.wall.capitalize()}: at the rates read around the runs {work} needs "
             f"{ms(floor.compute_s)} ms of arithmetic and {ms(floor.memory_s)} ms of reading. It took {ms(took)} ms, "
             f"{times:.1f} times the larger ({name.split()[1]} {median(reached[name]):.0%})."
         )
@@ -84,6 +94,7 @@ def warnings(record: Record) -> list[str]:
         unsteady_warning([stage_s(run, "decode") for run in runs], "decode", config["runs"]),
         roofline.impossible({name: max(values) for name, values in shares_of_ceiling(record).items()}),
     ]
+    found += machine_warnings(record)
     if not all(map(conserved, runs)):
         found.append(
             "conservation of time is broken (see STATS): do not quote these numbers, and report this as a bug."
@@ -95,3 +106,23 @@ def warnings(record: Record) -> list[str]:
     if 0 < len(runs) < 6:
         found.append(f"{len(runs)} runs give no 95 % interval of the median: use --runs 6 or more before quoting.")
     return [warning for warning in found if warning]
+
+
+def machine_warnings(record: Record) -> list[str]:
+    """Whether the machine itself changed: between the runs, or since its ceilings were kept."""
+    readings, kept = record["run_ceilings"], card_ceilings(record)
+    found = []
+    for name, place in (("memory bandwidth", 0), ("matrix rate", 1)):
+        values = [reading[place] for reading in readings]
+        off = len(values) - len(steady_rounds(values)) if values else 0
+        if off:
+            found.append(
+                f"{off} of {len(values)} runs met a {name} more than 15 % off the usual: the machine was disturbed. "
+                f"Close other programs and try --runs {2 * len(values)}."
+            )
+        elif values and kept and not 0.75 < median(values) / kept[place] < 1.33:
+            found.append(
+                f"the {name} around the runs is {median(values) / kept[place]:.2f} times the one kept on the card: "
+                "the card is out of date or the machine is busy. Use --recalibrate on an idle machine."
+            )
+    return found

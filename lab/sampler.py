@@ -1,5 +1,6 @@
 """What the machine did meanwhile: CPU, memory and GPU, sampled by a thread while a block runs."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -42,11 +43,11 @@ class Sampler:
     A sample costs about 0.1 ms of one core, so ten a second take 0.1 % of it.
     """
 
-    def __init__(self, usage: Usage, interval_s: float = 0.1) -> None:
+    def __init__(self, usage: Usage, gpu_uuid: str | None = None, interval_s: float = 0.1) -> None:
         self.interval_s = interval_s
         self.usage = usage
         self.process = psutil.Process()
-        self.gpu, self.usage.gpu_missing = open_gpu()
+        self.gpu, self.handle, self.usage.gpu_missing = open_gpu(gpu_uuid)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.loop, name="sampler", daemon=True)
 
@@ -78,24 +79,33 @@ class Sampler:
             self.before = cpu, now
         self.sample_memory()
         if self.gpu is not None:
-            handle = self.gpu.nvmlDeviceGetHandleByIndex(0)
-            self.usage.gpu_percent.append(float(self.gpu.nvmlDeviceGetUtilizationRates(handle).gpu))
-            self.usage.gpu_bytes.append(int(self.gpu.nvmlDeviceGetMemoryInfo(handle).used))
-            self.usage.gpu_watts.append(self.gpu.nvmlDeviceGetPowerUsage(handle) / 1e3)
+            self.sample_gpu()
+
+    def sample_gpu(self) -> None:
+        """Each figure on its own: partitioned and virtual GPUs answer some questions and refuse others."""
+        with contextlib.suppress(self.gpu.NVMLError):
+            self.usage.gpu_percent.append(float(self.gpu.nvmlDeviceGetUtilizationRates(self.handle).gpu))
+        with contextlib.suppress(self.gpu.NVMLError):
+            self.usage.gpu_bytes.append(int(self.gpu.nvmlDeviceGetMemoryInfo(self.handle).used))
+        with contextlib.suppress(self.gpu.NVMLError):
+            self.usage.gpu_watts.append(self.gpu.nvmlDeviceGetPowerUsage(self.handle) / 1e3)
 
     def sample_memory(self) -> None:
         self.usage.rss_bytes.append(self.process.memory_info().rss)
 
 
-def open_gpu():
-    """(pynvml, None) with the driver's library initialised, or (None, the reason why there is nothing to sample)."""
+def open_gpu(uuid: str | None):
+    """(pynvml, the GPU's handle, None), or (None, None, the reason why there is nothing to sample)."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        return pynvml, None
+        if uuid is None:
+            pynvml.nvmlShutdown()
+            return None, None, "this run used the CPU"
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid), None
     except pynvml.NVMLError as error:
-        return None, f"no NVIDIA driver answers ({error})"
+        return None, None, f"no NVIDIA driver answers ({error})"
 
 
 def process_age_s() -> float:

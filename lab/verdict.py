@@ -77,8 +77,12 @@ def verdict(
     elif low > 1 - noise and high < 1 + noise:
         word = "WITHIN NOISE"
     else:
-        more = max(rounds_needed(stdev(logs), noise) - n, 1)
-        why = f"about {more} more rounds would show a difference of {noise:.0%}"
+        needed = rounds_needed(stdev(logs), noise)
+        why = (
+            f"about {needed - n} more rounds would show a difference of {noise:.0%}"
+            if needed > n
+            else f"the interval crosses the edge of ±{noise:.0%}: use {2 * n} rounds"
+        )
         return Verdict("NO VERDICT", ratio, low, high, n, dropped, why)
     return Verdict(word, ratio, low, high, n, dropped)
 

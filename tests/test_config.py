@@ -1,5 +1,9 @@
 """One record of choices makes the command line; mistakes are refused in one sentence."""
 
+import os
+import threading
+from dataclasses import replace
+
 import pytest
 
 from config import Config, PromptConfig, UserError, check_packages
@@ -49,6 +53,7 @@ def test_every_field_is_a_flag_and_the_help_explains_each(capsys):
             ["--dtype", "int7"],
             "--dtype (or LLM_INFER_DTYPE) must be one of auto, float32, bfloat16, float16, and is 'int7'.",
         ),
+        (["--seed", str(2**64)], f"--seed must be at most {2**63 - 1}, and is {2**64}."),
         (["--prompt", "  "], "The prompt is empty: give --prompt TEXT or --prompt-file FILE with at least one word."),
         (["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file exclude each other: give one of them."),
     ],
@@ -79,13 +84,30 @@ def test_a_prompt_file_that_is_missing_or_no_text_is_one_sentence(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name in ("absent", "binary"):
         with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
-            PromptConfig(prompt_file=str(tmp_path / name))
+            PromptConfig.from_cli("doc", ["--prompt-file", str(tmp_path / name)])
 
 
 def test_an_empty_prompt_file_is_an_empty_prompt(tmp_path):
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(UserError, match="prompt is empty"):
-        PromptConfig(prompt_file=str(tmp_path / "empty"))
+        PromptConfig.from_cli("doc", ["--prompt-file", str(tmp_path / "empty")])
+
+
+def test_a_prompt_file_may_be_a_pipe_and_is_read_once(tmp_path):
+    """It was read at every use, so that a pipe gave its text to the first and an empty prompt to the clock."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("from a pipe",))
+    writer.start()
+    config = PromptConfig.from_cli("doc", ["--prompt-file", str(pipe)])
+    writer.join()
+    assert config.prompt == "from a pipe"
+    assert replace(config, max_new_tokens=3).prompt == "from a pipe"
+
+
+def test_a_prompt_of_broken_bytes_is_refused():
+    with pytest.raises(UserError, match="no UTF-8 text"):
+        PromptConfig.from_cli("doc", ["--prompt", "a\udcff"])
 
 
 def test_a_python_without_the_packages_is_told_so_in_one_sentence(monkeypatch, capsys):

@@ -6,7 +6,18 @@ from conftest import tiny_model
 
 from config import Config, UserError
 from metrics import Stats
-from model import check_fits, decode_step, generate, ids_tensor, kv_cache_bytes, kv_cache_layers, prefill, resolve
+from model import (
+    check_fits,
+    decode_step,
+    generate,
+    ids_tensor,
+    kv_cache_bytes,
+    kv_cache_layers,
+    load_model,
+    prefill,
+    resolve,
+    transformers_generate,
+)
 from tokenizer import left_pad
 
 LENGTHS = [1, 2, 15, 16, 17, 100]
@@ -16,12 +27,8 @@ def prompt_of(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 96, (1, length), generator=torch.Generator().manual_seed(seed + length))
 
 
-def reference(model, ids, new_tokens, mask=None, eos=None):
-    mask = torch.ones_like(ids) if mask is None else mask
-    out = model.net.generate(
-        ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0
-    )
-    return out[:, ids.shape[1] :].tolist()
+def reference(model, ids, new_tokens, mask=None, eos=()):
+    return transformers_generate(model, ids, mask, max_new_tokens=new_tokens, eos_ids=frozenset(eos)).tolist()
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -67,7 +74,7 @@ def test_a_row_ends_at_its_end_token_and_is_padded_until_the_others_end(any_mode
     free = generate(any_model, ids, mask, max_new_tokens=24)
     end = int(free[0, 5])  # a token that row 0 gives early serves as the end token
     ours = generate(any_model, ids, mask, max_new_tokens=24, eos_ids=frozenset({end}), pad_id=0).tolist()
-    theirs = reference(any_model, ids, 24, mask, eos=end)
+    theirs = reference(any_model, ids, 24, mask, eos=[end])
     assert ours == theirs
     assert any(end in row for row in ours)
 
@@ -150,3 +157,23 @@ def test_other_formats_run_too_and_hold_half_the_bytes(dtype):
     model.net.to(place.dtype)
     assert sum(p.numel() * 2 for p in model.net.parameters()) == model.weight_bytes()
     assert generate(model, prompt_of(9), max_new_tokens=3).shape == (1, 3)
+
+
+def test_a_checkpoint_that_asks_for_penalties_is_still_compared_with_plain_greedy(any_model, monkeypatch):
+    """generate() heeds repetition_penalty from generation_config even without sampling: the tokens seemed to differ."""
+    ids = prompt_of(15)
+    plain = reference(any_model, ids, 20)
+    monkeypatch.setattr(any_model.net.generation_config, "repetition_penalty", 5.0)
+    assert reference(any_model, ids, 20) == plain == generate(any_model, ids, max_new_tokens=20).tolist()
+
+
+def test_a_network_without_attention_has_no_cache_to_look_at(tmp_path):
+    from transformers import MambaConfig
+
+    from weights.find import find
+
+    shape = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4)
+    shape.save_pretrained(tmp_path)
+    config = Config(device="cpu", attention="eager")
+    with pytest.raises(UserError, match="no KV cache"):
+        load_model(find(f"random:{tmp_path}"), config, resolve(config))

@@ -199,11 +199,12 @@ def test_when_the_temporary_folder_is_full_too_the_tables_still_appear(tmp_path,
     assert isinstance(failure, UserError) and "copy the tables" in str(failure)
 
 
-def test_records_name_the_command_that_made_them():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv = ['infer.py', '--prompt', 'a b']; "
-         "from lab.records import new_record; from config import Config; "
-         "r = new_record('infer', 'q', Config(), {}); print(r['command'], r['id'][:6], r['schema'])"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.stdout == "python3 infer.py --prompt 'a b' infer- 1\n"
+def test_records_name_a_command_that_can_be_typed_again(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from lab.records import new_record\nfrom config import Config\n"
+        "r = new_record('infer', 'q', Config(), {})\nprint(r['command'], r['id'][:6], r['schema'])\n"
+    )
+    done = subprocess.run([sys.executable, str(script), "--prompt", "a b"], capture_output=True, text=True)
+    assert done.stdout == f"python3 {script} --prompt 'a b' infer- 1\n"

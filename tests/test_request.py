@@ -158,6 +158,11 @@ def test_a_dtype_without_a_ceiling_gets_no_wall():
         (lambda r: r.update(same_tokens=False), "did not give the same tokens"),
         (lambda r: r.update(runs=r["runs"][:3], run_ceilings=r["run_ceilings"][:3]), "3 runs give no 95 % interval"),
         (lambda r: r.update(run_ceilings=[[1e9, 100e9]] * 6), "of a ceiling is impossible"),
+        (lambda r: r.update(run_ceilings=[[10e9, 100e9]] * 6), "0.50 times the one kept on the card"),
+        (
+            lambda r: r.update(run_ceilings=[[20e9, 100e9]] * 5 + [[20e9, 50e9]]),
+            "1 of 6 runs met a matrix rate more than",
+        ),
     ],
 )
 def test_whatever_spoils_the_numbers_is_said_with_a_remedy(change, says):

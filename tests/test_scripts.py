@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -50,8 +51,8 @@ def test_infer_prints_every_section_and_keeps_every_sample(tiny, tmp_path, capsy
     shown = capsys.readouterr().out
     for part in ("### Card", "### Model", "### What theory allows", "### Answer", "### STATS", "### Per-token latency",
                  "### Cold-start ledger", "### Memory", "### Verdict", "Where is the time?", "Which wall binds decode?",
-                 "[user] ", "Conservation of time"):  # fmt: skip
-        assert part in shown or part == "[user] "
+                 "Conservation of time"):  # fmt: skip
+        assert part in shown
     (kept,) = read_lines(tmp_path / "results" / "x.jsonl")
     assert (kept["script"], len(kept["runs"]), kept["partial"], kept["schema"]) == ("infer", 6, False, 1)
     assert all(len(run["decode"]) == 7 for run in kept["runs"])
@@ -120,7 +121,10 @@ def test_inspect_shows_shapes_the_growing_cache_and_proves_its_tokens(tiny, tmp_
 
 
 def test_inspect_says_so_when_the_tokens_differ(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(inspect_prefill_decode, "reference_tokens", lambda *_: [1, 2, 3])
+    import torch
+
+    wrong = torch.tensor([[1, 2, 3]])
+    monkeypatch.setattr(inspect_prefill_decode, "transformers_generate", lambda *_, **__: wrong)
     inspect_prefill_decode.main([*tiny, "--max-new-tokens", "3", "--ignore-eos"])
     assert (
         "DIFFERENT from transformers' generate() at new token 1: the times below are void." in capsys.readouterr().out
@@ -140,7 +144,7 @@ def test_a_clock_without_synchronisation_reads_too_little(tiny, tmp_path):
     mistakes.main(["unsynced", *tiny])
     (kept,) = read_lines(tmp_path / "results" / "x.jsonl")
     for stats in kept["samples"]:
-        assert all(submitted < done for submitted, done in zip(stats["submitted"], stats["done"], strict=True))
+        assert median(stats["submitted"]) < 0.5 * median(stats["done"])
 
 
 # ---- bad input: one sentence, status 2
@@ -155,7 +159,7 @@ def test_a_clock_without_synchronisation_reads_too_little(tiny, tmp_path):
         (["--max-new-tokens", "0"], "must be at least 1"),
         (["--device", "cuda"], "is not available here"),
         (["--dtype", "float8"], "--dtype"),
-        (["--trace", "/proc/no/trace.json", "--quick"], "--trace /proc/no/trace.json cannot be written"),
+        (["--trace", "/proc/no/trace.json", "--quick"], "/proc/no/trace.json cannot be written"),
         (["--note", "x", "--notes-file", "/proc/notes.md"], "cannot be written"),
         (["--json", "/proc/x.jsonl"], "cannot be written"),
     ],
@@ -190,6 +194,8 @@ def test_output_into_head_is_quiet_and_the_record_is_kept(checkpoint_folder, tmp
     assert done.stdout.startswith("# Day 1")
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
     assert done.returncode == 141
+    (kept,) = read_lines(record)  # the reader went away before the first run; what was asked for was measured
+    assert len(kept["runs"]) == 3 and not kept["partial"]
 
 
 def test_a_terminal_that_knows_only_ascii_gets_ascii(checkpoint_folder, tmp_path):
@@ -236,6 +242,39 @@ def test_ctrl_c_prints_and_saves_what_was_measured_and_marks_it(tmp_path, checkp
     assert b"Traceback" not in seen
     (kept,) = read_lines(record)
     assert kept["partial"] and 1 <= len(kept["runs"]) < 100000
+
+
+def test_ctrl_c_during_the_warm_up_keeps_the_cold_request(monkeypatch, capsys, tiny, tmp_path):
+    """It was a TypeError: the utilisation of a GPU that was never sampled was formatted as a number."""
+    real, calls = infer.one_request, []
+
+    def once(*arguments):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(infer, "one_request", once)
+    assert left_with(infer.main, tiny) == 130
+    assert "one cold run supports no conclusion" in capsys.readouterr().out
+    (kept,) = read_lines(tmp_path / "results" / "x.jsonl")
+    assert kept["partial"] and kept["cold"]["prefill"] > 0
+
+
+def test_ctrl_c_in_a_mistake_keeps_its_requests(monkeypatch, capsys, tiny, tmp_path):
+    real, calls = mistakes.decode_step, []
+
+    def some(*arguments):
+        calls.append(1)
+        if len(calls) > 40:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(mistakes, "decode_step", some)
+    assert left_with(mistakes.main, ["folded", *tiny]) == 130
+    (kept,) = read_lines(tmp_path / "results" / "x.jsonl")
+    assert kept["partial"] and len(kept["samples"]) == 2
+    assert "decode speed" in capsys.readouterr().out
 
 
 def test_ctrl_c_before_anything_was_measured_says_so(monkeypatch, capsys, tiny):

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import MODEL_NAME, UserError, cache_dir
+from config import MODEL_NAME, UserError, cache_dir, keep
 from weights import gguf_cache, hub, random_init
 
 EMBEDDED = "smollm2"
@@ -148,7 +148,5 @@ def content_hash(folder: Path) -> str:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         known = {**(known if isinstance(known, dict) else {}), key: digest.hexdigest()[:12]}
-        scratch = kept.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(known, indent=1))
-        os.replace(scratch, kept)
+        keep(kept, json.dumps(known, indent=1))
     return known[key]

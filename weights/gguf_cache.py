@@ -24,11 +24,17 @@ def converted(gguf: Path) -> Path:
     """The folder with the float32 weights and the tokenizer of this .gguf file; made when missing or damaged."""
     check_magic(gguf)
     folder = cache_dir() / "gguf" / f"{gguf.stem}-{fingerprint(gguf)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            convert(gguf, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                convert(gguf, folder)
+    except OSError as error:
+        raise UserError(
+            f"{gguf.name} could not be converted into {folder.parent} ({error.strerror}): make room there, or set "
+            "LLM_INFER_CACHE to another folder."
+        ) from error
     return folder
 
 
@@ -70,13 +76,8 @@ def convert(gguf: Path, folder: Path) -> None:
         sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
         (unfinished / MANIFEST).write_text(json.dumps(sizes, indent=1))
         os.replace(unfinished, folder)
-    except UserError:
+    except OSError:
         raise
-    except OSError as error:
-        raise UserError(
-            f"{gguf.name} could not be converted into {folder.parent} ({error}): make room there, or set "
-            "LLM_INFER_CACHE to another folder."
-        ) from error
     except Exception as error:  # the GGUF reader raises whatever its parsing meets in a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{gguf} is damaged or of a kind that transformers cannot read ({reason}).") from error

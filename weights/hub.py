@@ -4,14 +4,14 @@ huggingface_hub would retry for minutes where a network is down. So one small re
 or the hub counts as unreachable. A download that has begun is never cut while it delivers.
 """
 
+import errno
 import json
-import os
 import sys
 import threading
 import time
 from pathlib import Path
 
-from config import UserError, cache_dir
+from config import UserError, cache_dir, keep
 
 ANSWER_WITHIN_S = 5.0
 SILENCE_S = 10.0  # between two bytes, once the hub has answered; huggingface_hub's own limit for files
@@ -57,7 +57,9 @@ def download(repo: str) -> Path:
         disable_progress_bars()
     try:
         folder = Path(snapshot_download(repo, allow_patterns=FILES, max_workers=2))
-    except Exception as error:  # a connection that broke, or a full disk: the finished files stay
+    except Exception as error:  # a connection that broke: the finished files stay
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise UserError(f"{repo} could not be stored ({error.strerror}): make room, or set HF_HOME.") from error
         refuse(repo, error)  # the record of a gated model is public, so that only its files are refused
         raise HubUnreachable(f"the download broke off ({type(error).__name__}: {first_line(error)})") from error
     if not has_weights(folder):
@@ -129,9 +131,7 @@ def remember_failure(why: str) -> None:
     if constants.HF_HUB_OFFLINE:  # a wish, which costs no wait and ends with the variable
         return
     note = {"hub": endpoint(), "at": time.time(), "why": why}
-    scratch = failure_note().with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(note))
-    os.replace(scratch, failure_note())
+    keep(failure_note(), json.dumps(note))
 
 
 def failure_note() -> Path:

@@ -1,5 +1,6 @@
 """A checkpoint -> a network on a device."""
 
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,10 +21,21 @@ def load_net(
     transformers_logging.disable_progress_bar()
     if checkpoint.random_shape is None:
         return trained_net(checkpoint, device, dtype, attention), content_hash(checkpoint.folder)
-    layout = random_init.shape_of(checkpoint.random_shape)
-    check_memory(checkpoint.name, layout, device, dtype)
-    net = random_init.build(layout, seed, device.type, dtype, attention)
+    try:
+        layout = random_init.shape_of(checkpoint.random_shape)
+        check_memory(checkpoint.name, layout, device, dtype)
+        net = random_init.build(layout, seed, device.type, dtype, attention)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a broken config.json provokes
+        raise UserError(
+            f"{checkpoint.name} is no shape that can be built ({first_line(error)}): name another."
+        ) from error
     return net, random_init.identity(layout, seed)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def trained_net(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -35,15 +47,26 @@ def trained_net(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     except torch.OutOfMemoryError as error:
         raise UserError(f"{checkpoint.name} does not fit in the memory of {device}: use --device cpu.") from error
     except Exception as error:  # OSError, ValueError, SafetensorError, KeyError …: whatever a broken folder provokes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{checkpoint.folder} is no model that can be loaded ({reason}): name another.") from error
+        raise UserError(
+            f"{checkpoint.folder} is no model that can be loaded ({first_line(error)}): name another."
+        ) from error
 
 
 def check_memory(name: str, layout: Any, device: torch.device, dtype: torch.dtype) -> None:
     need = random_init.parameter_count(layout) * dtype.itemsize
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_memory()
     if need > free:
         raise UserError(
             f"{name} needs {need / 1e9:.1f} GB for its weights and {free / 1e9:.1f} GB are free: use a smaller shape "
-            "or --dtype bfloat16."
+            "or a shorter --dtype."
         )
+
+
+def free_memory() -> int:
+    """Bytes that can still be taken: of the machine, or of the container's limit (cgroup v2) where that is less."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))

@@ -32,7 +32,7 @@ def resolve(config: Config) -> Place:
         place = Place(
             torch.device("cpu"), torch.float32, "auto: exact on a CPU, where short formats are often emulated"
         )
-    elif name == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+    elif name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         place = Place(torch.device(name), torch.bfloat16, "auto: half the bytes, float32's range; native on this GPU")
     else:
         place = Place(torch.device(name), torch.float16, "auto: half the bytes; bfloat16 is not native on this GPU")
