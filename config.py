@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -114,7 +115,7 @@ class PromptConfig(Config):
     prompt_file: str | None = knob(None, "read the prompt from this UTF-8 file")
     template: str = knob(
         "auto",
-        "wrap the prompt in the model's chat template, or send it as it is",
+        "how the prompt is sent; by default in the model's chat template if it has one",
         choices=("auto", "chat", "raw"),
         flags={"--chat": "chat", "--raw": "raw"},
     )
@@ -136,9 +137,13 @@ class PromptConfig(Config):
         if "prompt" in given:
             raise UserError("--prompt and --prompt-file exclude each other: give one of them.")
         try:
-            return given | {"prompt": Path(given["prompt_file"]).read_text(encoding="utf-8")}
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {given['prompt_file']} cannot be read as UTF-8 text: {error}.") from error
+            return given | {"prompt": Path(given["prompt_file"]).read_text(encoding="utf-8-sig")}
+        except OSError as error:
+            raise UserError(
+                f"--prompt-file {given['prompt_file']} cannot be read ({error.strerror}): check it."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt-file {given['prompt_file']} is no UTF-8 text ({error.reason}).") from error
 
 
 class OneSentenceParser(argparse.ArgumentParser):
@@ -150,7 +155,7 @@ class OneSentenceParser(argparse.ArgumentParser):
 
 def parser_of(cls: type[Settings], doc: str) -> argparse.ArgumentParser:
     parser = OneSentenceParser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program(), description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for f in fields(cls):
         flag = "--" + dashed(f.name)
@@ -160,7 +165,7 @@ def parser_of(cls: type[Settings], doc: str) -> argparse.ArgumentParser:
         elif "flags" in f.metadata:
             group = parser.add_mutually_exclusive_group()
             for word_flag, value in f.metadata["flags"].items():
-                text = f"{f.metadata['help']}: {value} (default: {f.default})"
+                text = f"{f.metadata['help']}: here as {value}"
                 group.add_argument(word_flag, action="store_const", const=value, **{**options, "help": text})
         elif f.type is bool:
             parser.add_argument(flag, action="store_true", **options)
@@ -170,6 +175,12 @@ def parser_of(cls: type[Settings], doc: str) -> argparse.ArgumentParser:
             number = f.type if f.type in (int, float) else str
             parser.add_argument(flag, type=number, metavar=metavar_of(f), **options)
     return parser
+
+
+def program() -> str:
+    """What the user typed, as usage and errors name it."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return Path(sys.argv[0]).name if spec is None else f"python3 -m {spec.name.removesuffix('.__main__')}"
 
 
 def help_of(f) -> str:
@@ -197,7 +208,11 @@ def flag_or_env(f) -> str:
 
 
 def check_packages() -> None:
-    """Leave with one sentence when this Python lacks the packages. Scripts call it before their own imports."""
+    """Leave with one sentence when this Python lacks the packages. Scripts call it before their own imports.
+
+    Those take seconds: until lab.console.run() begins, Ctrl-C leaves at once and without a traceback.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     if sys.version_info < (3, 11):  # noqa: UP036  (this line is for those below it)
         print(
             f"This is Python {sys.version.split()[0]}: 3.11 or newer is needed (make PYTHON=python3.12).",

@@ -42,6 +42,7 @@ from model import (
     load_model,
     prefill,
     resolve,
+    set_threads,
 )
 from tokenizer import Tokenizer, load_tokenizer
 from weights.find import find
@@ -178,8 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = find(config.model)
     with timed("card and ceilings", ledger):
         place = resolve(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        set_threads(config.threads)
         card = hardware_card(place.device)
         ceiling = ceilings.kept(place.device, machine_key(card), config.recalibrate)
     card["Measured ceilings"] = request_tables.ceilings_line(vars(ceiling))
@@ -204,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     before_first = time.perf_counter() - in_main - sum(seconds for samples in ledger.values() for seconds in samples)
     record |= measure(model, tokenizer, config, ceiling.gemm_size.get(model.place.dtype_name, 256))
     record["floors"] = work_of(model, prompt_tokens, len(record["ids"]))  # an end token may have come early
+    record["stopped"] = record["ids"][-1] in model.stops(config.ignore_eos)
     record["timer_cost_s"] = timer_cost_s()
     record["memory"] = memory_of(model, prompt_tokens, record)
     percent = record["usage"]["gpu_percent_mean"]
@@ -241,8 +242,9 @@ def report(config: InferConfig, record: dict[str, Any], page: console.Page) -> i
     shown = request_tables.quoted(record["text"], 2000)
     noise = "(not shown: the weights are random, the text is noise)"
     sections = [
-        f"### Answer\n\n{noise if record['model']['timing_only'] else shown}\n\n{len(record['ids'])} new tokens, "
-        f"greedy, output hash {record['output_hash']}",
+        f"### Answer\n\n{noise if record['model']['timing_only'] else shown}\n\n{len(record['ids'])} new tokens"
+        f"{' (the model ended its answer here)' if record['stopped'] else ''}, greedy, output hash "
+        f"{record['output_hash']}",
         request_tables.stats_table(record),
         request_tables.latency_lines(record),
         request_tables.ledger_table(record),

@@ -6,6 +6,7 @@ every token (past_key_values). decode_step() reads one token and finds the rest 
 """
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -243,8 +244,7 @@ def kv_cache_bytes(cache: Any) -> int:
 
 def load_model(checkpoint: Checkpoint, config: Config, place: Place) -> Model:
     """The checkpoint's network on this device, in eval mode. UserError when it is broken or does not fit."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     net, weights_hash = load_net(checkpoint, place.device, place.dtype, config.attention, config.seed)
     if not hasattr(net.config.get_text_config(), "num_attention_heads"):
         raise UserError(f"{checkpoint.name} has no attention and so no KV cache to look at: name a transformer.")
@@ -259,6 +259,14 @@ def load_model(checkpoint: Checkpoint, config: Config, place: Place) -> Model:
         timing_only=checkpoint.timing_only,
         eos_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
     )
+
+
+def set_threads(threads: int) -> None:
+    """Let PyTorch use so many CPU threads; 0 leaves its own choice. UserError beyond the cores there are."""
+    if threads > (os.cpu_count() or threads):
+        raise UserError(f"--threads {threads} on {os.cpu_count()} cores would only make them wait: use fewer.")
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def load(config: PromptConfig) -> tuple[Model, Tokenizer, list[int]]:
@@ -276,7 +284,8 @@ def check_fits(model: Model, prompt_tokens: int, new_tokens: int) -> None:
     if model.context is not None and prompt_tokens + new_tokens > model.context:
         raise UserError(
             f"The prompt has {prompt_tokens} tokens and {new_tokens} new ones are asked for, but {model.name} has a "
-            f"context of {model.context}: shorten the prompt or lower --max-new-tokens."
+            f"context of {model.context}: shorten the prompt"
+            + (" or lower --max-new-tokens." if prompt_tokens < model.context else ".")
         )
 
 

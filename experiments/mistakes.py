@@ -64,10 +64,11 @@ def cold(samples: list[Stats], tokens: int, _config: MistakesConfig, _model: Mod
         ("prefill, ms a prompt token", ms(wrong, 2), ms(right, 2), off),
         ("prefill against a decode step, per token", number(wrong / step, 3), number(right / step, 3), off),
     ]
-    told = "slower" if wrong > step else "faster"
+    told, truth = ("slower" if value > step else "faster" for value in (wrong, right))
+    harm = "the conclusion is turned round" if told != truth else "this time only the figure is wrong"
     return rows, [
         f"Wrong: the first call of the process, {ms(first['prefill'][0])} ms for {tokens} tokens, says that a "
-        f"prompt token is {told} than a decode step of {ms(step)} ms.",
+        f"prompt token is {told} than a decode step of {ms(step)} ms: {harm}.",
         f"Right: the median of {len(warm)} later calls; a prompt token costs {right / step:.2f} of a decode step. "
         "The cold value is kept as a row of its own: it is what the first user after a restart waits.",
     ]

@@ -6,6 +6,8 @@ alternate, so that the price of looking is part of the answer.
 """
 
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -206,8 +208,10 @@ def profiled(
         synchronize()
     if trace:
         try:
-            Path(trace).parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(trace)
+            with tempfile.TemporaryDirectory() as folder:
+                whole = Path(folder) / "trace.json"
+                profiler.export_chrome_trace(str(whole))
+                shutil.copyfile(whole, trace)  # the profiler itself would replace a device, and hide a failed write
         except (OSError, RuntimeError) as error:
             raise UserError(f"--trace {trace} cannot be written ({error}): give another file.") from error
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"

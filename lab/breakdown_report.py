@@ -64,8 +64,9 @@ def hook_price(phases: dict[str, dict]) -> str:
         said = verdict(found["hooked_s"], found["plain_s"])
         within = "within 5 %" if said.ratio and 0.95 <= said.ratio <= 1.05 else "MORE THAN 5 % apart: read shares only"
         lines.append(
-            f"{phase}: {ms(median(found['hooked_s']), 2)} ms with hooks, {ms(median(found['plain_s']), 2)} ms without, "
-            f"ratio {said.ratio:.3f} [{said.low:.3f}, {said.high:.3f}], {within}."
+            f"{phase}{', all steps' if phase == 'decode' else ''}: {ms(median(found['hooked_s']), 2)} ms with "
+            f"hooks, {ms(median(found['plain_s']), 2)} ms without (medians); mean ratio by round {said.ratio:.3f} "
+            f"[{said.low:.3f}, {said.high:.3f}], {within}."
         )
     lines.append("framework = the phase minus its parts: masks, cache bookkeeping, residual sums, Python in between.")
     return "\n".join(lines)
@@ -85,6 +86,9 @@ def sentence(found: dict[str, Any], bytes_per_s: float) -> str | None:
         f"of a step and read them at {rate / 1e9:.1f} of {bytes_per_s / 1e9:.1f} GB/s. The framework between the parts "
         f"takes {framework:.0%}. "
     )
+    apart = verdict(decode["hooked_s"], decode["plain_s"]).ratio
+    if apart is not None and not 0.95 <= apart <= 1.05:
+        return told + "But the runs with and without hooks differ by more than 5 %: no verdict, run it again."
     if heavy / whole > 0.5 and rate < 0.7 * bytes_per_s:
         return told + "So it is the kernels: they read far below what this machine can."
     if framework > 0.3:

@@ -1,7 +1,7 @@
 """The owner's progress wall: which rows of notes.md's checklists the records prove, and what the others lack.
 
-A row is done when a whole (not partial) record of the named question lies in results/, and, where the row asks for a
-written conclusion, when notes.md holds a record of that question with words under Observations.
+A row is done when a whole record of the named question lies in results/cited.jsonl (so it was made with --note), from a
+trained model and without --quick, and, where the row asks for a written conclusion, when notes.md holds a record of that question with words under Observations.
 """
 
 import re
@@ -79,7 +79,7 @@ def states(notes: str, records: Sequence[dict[str, Any]]) -> list[State]:
 
 
 def state_of(item: Item, words: dict[str, str], records: Sequence[dict[str, Any]]) -> State:
-    proofs = [r["id"] for r in records if r.get("question") in item.questions and not r.get("partial")]
+    proofs = [record["id"] for record in records if proves(record, item)]
     if not proofs:
         how = f": run python3 {item.command}" if item.command else ""
         return State(item, (), f"no whole record of {' or '.join(item.questions)}{how}")
@@ -89,11 +89,14 @@ def state_of(item: Item, words: dict[str, str], records: Sequence[dict[str, Any]
 
 
 def all_records(notes_file: Path) -> list[dict[str, Any]]:
-    """The records that lie beside notes.md; those that it cites first, so that a clone finds them."""
-    folder = notes_file.parent / "results"
-    others = [path for path in sorted(folder.glob("*.jsonl")) if path.name != "cited.jsonl"]
-    cited = read_lines(folder / "cited.jsonl")
-    return [record for path in others for record in read_lines(path)] + cited
+    """The records whose raw lines are committed beside notes.md: those that a clone finds too."""
+    return read_lines(notes_file.parent / "results" / "cited.jsonl")
+
+
+def proves(record: dict[str, Any], item: Item) -> bool:
+    """Interrupted runs, first looks and random weights prove nothing."""
+    weak = record.get("partial") or record.get("config", {}).get("quick") or record.get("model", {}).get("timing_only")
+    return record.get("question") in item.questions and not weak
 
 
 def ticked(notes: str, wall: Sequence[State]) -> tuple[str, int]:

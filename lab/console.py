@@ -3,10 +3,13 @@
 import codecs
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import config
 from config import Config, UserError
 from lab import records
 
@@ -38,7 +41,9 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE
 def run(main: Callable[[], int | None]) -> None:
     """Call main, then leave: status 0, 2 for the user's mistakes, 130 after Ctrl-C, 141 for a closed pipe."""
     prepare_streams()
-    program = os.path.basename(sys.argv[0])
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # until here check_packages()'s held
+    program = config.program()
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -72,6 +77,8 @@ def leave(status: int) -> None:
 
 def prepare_streams() -> None:
     """Make printing never fail: a character that the terminal lacks is replaced by one that looks like it."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a closed stdout is None
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     codecs.register_error("look-alike", look_alike)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -125,18 +132,18 @@ class Page:
         return "\n\n".join(self.parts)
 
 
-def conclude(config: Config, record: dict[str, Any], page: Page, sections: Sequence[str]) -> int:
+def conclude(wishes: Config, record: dict[str, Any], page: Page, sections: Sequence[str]) -> int:
     """The end of every script: save first, then print the sections and the verdict. Returns the exit status.
 
     In this order a closed pipe or a full disk cannot cost what was measured.
     """
     verdict = "### Verdict\n\n" + "\n".join(f"- {sentence}" for sentence in record["verdicts"])
-    failure = records.save(config, record, "\n\n".join([*page.parts, *sections]))
+    failure = records.save(wishes, record, "\n\n".join([*page.parts, *sections]))
     for section in (*sections, verdict):
         page.show(section)
     page.show(f"Record [{record['id']}]" + (" PARTIAL: interrupted" if record["partial"] else ""))
-    if config.json == "-":
-        page.write(json.dumps(record, ensure_ascii=False))
+    if wishes.json == "-":
+        page.write(json.dumps(record))  # ASCII: no terminal's encoding can change it
     if failure:
         raise failure
     if page.closed:

@@ -5,6 +5,7 @@ under a lock with one write; notes.md is replaced by a longer copy of itself in 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -61,13 +62,15 @@ def check_writable(config: Config, script: str, *others: tuple[Path, str]) -> No
 
     others: further files, each with the remedy that its sentence names.
     """
-    targets = [(results_path(config, script), "--json FILE or --json -"), *others]
+    targets = [(results_path(config, script), "another --json FILE or --json -"), *others]
     if config.note is not None:
         targets += [(Path(config.notes_file), "--notes-file FILE"), (cited_path(config), "--notes-file FILE")]
     for path, remedy in targets:
         if path is None:
             continue
         try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             existed = path.exists()
             with path.open("ab"):
@@ -76,7 +79,7 @@ def check_writable(config: Config, script: str, *others: tuple[Path, str]) -> No
                 path.unlink()
         except OSError as error:
             raise UserError(
-                f"{path} cannot be written ({error.strerror}): make it writable or give {remedy}."
+                f"{path} cannot be written ({error.strerror}): make that possible, or give {remedy}."
             ) from error
 
 
@@ -93,7 +96,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             write_all(file, b"\n" + line if torn else line)
             os.fsync(file)
         except OSError:  # a full disk: take back what was written, so that the file stays whole
-            os.ftruncate(file, size)
+            with contextlib.suppress(OSError):  # a device cannot be cut back
+                os.ftruncate(file, size)
             raise
     finally:
         os.close(file)

@@ -89,6 +89,9 @@ def stats_table(record: Record) -> str:
     ]
     tokens = {"tokenize": prompt, "prefill": prompt, "decode": steps, "detokenize": steps + 1}
     for stage in STAGES:
+        if stage == "decode" and not steps:
+            rows.append((stage, *[NONE] * 8))
+            continue
         count = tokens.get(stage) or None
         rows.append(
             row(

@@ -24,7 +24,8 @@ def sentences(record: Record) -> list[str]:
     if not runs:
         return ["No timed run was finished: only the cold one is known, and one cold run supports no conclusion."]
     if not runs[0]["decode"]:
-        return ["One new token was generated: it came from prefill, so there is no decode to compare with."]
+        why = "the model ended its answer at once; try --ignore-eos" if record["stopped"] else "as asked for"
+        return [f"One new token was generated ({why}): it came from prefill, so there is no decode to compare with."]
     return [*share_sentences(record), *wall_sentences(record), cold_sentence(record)]
 
 
@@ -38,7 +39,7 @@ def share_sentences(record: Record) -> list[str]:
     return [
         f"Where is the time? Of {ms(median(run['total'] for run in runs), 0)} ms, prefill takes "
         f"{with_interval(shares['prefill'])} and decode {with_interval(shares['decode'])}: "
-        f"{larger} is where the time goes.",
+        f"{larger} is where the time goes. (Medians of the runs' own shares.)",
         f"Per token: {ms(per_prompt, 2)} ms for each of {prompt} prompt tokens and {ms(per_step, 2)} ms for each of "
         f"{steps} decode steps. A new token costs {per_step / per_prompt:.1f} times a prompt token: prefill reads the "
         f"weights once for all {prompt}, decode reads them again for every one.",
@@ -65,10 +66,16 @@ def wall_sentences(record: Record) -> list[str]:
             f"{ms(floor.compute_s)} ms of arithmetic and {ms(floor.memory_s)} ms of reading. It took {ms(took)} ms, "
             f"{times:.1f} times the larger ({name.split()[1]} {median(reached[name]):.0%})."
         )
+        if times < 1:
+            found.append(
+                f"Which wall binds {phase}? None can be named: it took {ms(took)} ms, less than the {ms(floor.least_s)} "
+                "ms that the ceilings read around the runs allow. So they are read too low for this dtype or this minute."
+            )
+            continue
         if times > 1.5:
             sentence += (
                 f" That is the nearest wall, but it is not reached: {ms(took - floor.least_s)} ms are spent otherwise, "
-                "and --breakdown shows where."
+                "and the breakdown shows where (--breakdown)."
             )
         found.append(sentence)
     return found

@@ -83,7 +83,7 @@ def test_a_positional_choice_is_required(capsys):
 def test_a_prompt_file_that_is_missing_or_no_text_is_one_sentence(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name in ("absent", "binary"):
-        with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
+        with pytest.raises(UserError, match=r"cannot be read|no UTF-8 text"):
             PromptConfig.from_cli("doc", ["--prompt-file", str(tmp_path / name)])
 
 

@@ -82,7 +82,7 @@ def test_ceilings_are_kept_per_machine_and_measured_anew_on_demand(tmp_path, mon
     assert ceilings.kept(CPU, "machine B") != first
     assert ceilings.kept(CPU, "machine A") == first  # B's value did not replace A's
     assert ceilings.kept(CPU, "machine A", recalibrate=True).bytes_per_s == 3e9
-    for broken in ("", "[]", '{"v2 cpu machine A": {"nonsense": 1}}'):
+    for broken in ("", "[]", '{"v3 cpu machine A": {"nonsense": 1}}'):
         (tmp_path / "ceilings.json").write_text(broken)
         ceilings.kept(CPU, "machine A")
         assert json.loads((tmp_path / "ceilings.json").read_text())
@@ -217,19 +217,21 @@ def test_the_breakdown_blames_kernels_or_framework_by_the_numbers():
     """100 MB of weights: read in 50 of 60 ms that is 2 of 20 GB/s; in 8 of 60 ms the framework is what is left."""
     sizes = dict.fromkeys(PARTS, 0) | {"MLP": 100_000_000}
 
-    def told(mlp: float, framework: float) -> str:
+    def told(mlp: float, framework: float, plain: float = 1.0) -> str:
         parts = dict.fromkeys(PARTS, 0.0) | {"MLP": mlp, "framework": framework}
-        return sentence({"phases": {"decode": {"parts_s": parts, "weight_bytes": sizes}}}, bytes_per_s=20e9)
+        decode = {"parts_s": parts, "weight_bytes": sizes, "hooked_s": [1.0] * 6, "plain_s": [plain] * 6}
+        return sentence({"phases": {"decode": decode}}, bytes_per_s=20e9)
 
     assert "take 83% of a step and read them at 2.0 of 20.0 GB/s" in told(0.05, 0.01)
     assert told(0.05, 0.01).endswith("So it is the kernels: they read far below what this machine can.")
     assert "So it is the framework" in told(0.008, 0.052)
     assert told(0.006, 0.002).endswith("No single part is to blame.")
+    assert told(0.05, 0.01, plain=0.5).endswith("no verdict, run it again.")
     assert sentence({"phases": {}}, 1.0) is None
 
 
 def test_the_trace_is_what_perfetto_reads(any_model, tmp_path):
-    trace = tmp_path / "new folder" / "trace.json"
+    trace = tmp_path / "trace.json"
     ids = ids_tensor([[1, 2, 3, 4]])
     profiled(CPU, lambda: prefill(any_model, ids), lambda state: decode_step(any_model, *state), 2, str(trace))
     events = json.loads(trace.read_text())["traceEvents"]

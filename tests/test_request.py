@@ -27,6 +27,7 @@ def record() -> dict:
     """What infer.py keeps of a run: 20 prompt tokens, 5 new ones, six warm runs, on a machine with round figures."""
     return {
         "config": {"warmup": 1, "runs": 6}, "prompt_tokens": 20, "partial": False, "same_tokens": True,
+        "stopped": False,
         "model": {"name": "m", "device": "cpu", "dtype": "float32", "parameters": 100_000_000, "timing_only": False},
         "ceilings": {"bytes_per_s": 20e9, "flops_per_s": {"float32": 100e9}},
         "floors": {"prefill": {"tokens": 20, "flops": 4_000_000_000, "read_bytes": 400_000_000},
@@ -125,7 +126,7 @@ def test_a_single_token_has_no_decode_to_compare_with():
     rec["runs"] = [run(steps=0)] * 6
     rec["cold"] = run(steps=0)
     assert request_words.sentences(rec) == [
-        "One new token was generated: it came from prefill, so there is no decode to compare with."
+        "One new token was generated (as asked for): it came from prefill, so there is no decode to compare with."
     ]
     assert "there was no decode step" in request_tables.latency_lines(rec)
     assert "TPOT" not in request_tables.stats_table(rec)

@@ -47,8 +47,14 @@ def find(name: str | None) -> Checkpoint:
     if name.endswith(".gguf"):
         gguf = Path(name)
         return Checkpoint(gguf.stem, f"GGUF file {gguf.name}, dequantised to float32", gguf_cache.converted(gguf))
+    if not name.strip():
+        raise UserError(
+            "The model's name is empty: give a hub id, a folder, a .gguf file, smollm2 or random:distilgpt2."
+        )
     if Path(name).is_dir():
         return local_folder(Path(name))
+    if Path(name).is_file():
+        raise UserError(f"{name} is a file: give the folder it lies in, or a .gguf file.")
     if looks_like_a_path(name):
         raise UserError(f"{name} does not exist: give a folder, a .gguf file, a hub id, smollm2 or random:distilgpt2.")
     try:
