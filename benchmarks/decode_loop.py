@@ -13,7 +13,7 @@ from lab.console import progress
 from lab.verdict import interleaved, verdict
 from model import Model, generate, ids_tensor, load, transformers_generate
 
-ROUNDS = 48
+ROUNDS = 72
 NEW_TOKENS = 16
 
 

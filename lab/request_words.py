@@ -68,8 +68,8 @@ def wall_sentences(record: Record) -> list[str]:
         )
         if times < 1:
             found.append(
-                f"Which wall binds {phase}? None can be named: it took {ms(took)} ms, less than the {ms(floor.least_s)} "
-                "ms that the ceilings read around the runs allow. So they are read too low for this dtype or this minute."
+                f"Which wall binds {phase}? None can be named: it took {ms(took)} ms, and the ceilings read around the "
+                f"runs allow {ms(floor.least_s)} ms at the least. They are read too low for this dtype or this minute."
             )
             continue
         if times > 1.5:
