@@ -1,8 +1,8 @@
 """The owner's progress wall: which rows of notes.md's checklists the records prove, and what the others lack.
 
 A row is done when a whole record of the named question lies in results/cited.jsonl (so it was made with --note), from a
-trained model and without --quick, and, where the row asks for a written conclusion, when notes.md holds a record of that
-question with words under Observations.
+trained model and without --quick, and, where the row asks for a written conclusion, when notes.md holds a record of
+that question with words under Observations.
 """
 
 import re

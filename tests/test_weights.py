@@ -29,6 +29,20 @@ def test_a_folder_loads_and_names_its_origin_and_hash(checkpoint_folder):
     assert not model.net.training and not model.timing_only
 
 
+def test_the_hash_does_not_depend_on_the_order_of_the_header(tmp_path):
+    """Two conversions of the same file had different hashes: a header's entries are written in chance order."""
+    for name, order in (("a", ("x", "y")), ("b", ("y", "x"))):
+        header = {"__metadata__": {"made": name}} if name == "a" else {}
+        header |= {
+            key: {"dtype": "F32", "shape": [1], "data_offsets": [4 * (key == "y"), 4 + 4 * (key == "y")]}
+            for key in order
+        }
+        text = json.dumps(header).encode()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"12345678")
+    assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b")
+
+
 def test_the_hash_changes_with_one_weight(checkpoint_folder, tmp_path):
     copy = shutil.copytree(checkpoint_folder, tmp_path / "copy")
     assert content_hash(copy) == content_hash(checkpoint_folder)
