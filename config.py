@@ -77,8 +77,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Config(Settings):
-    """What every script asks: which model, where, and where the record goes."""
+class ModelConfig(Settings):
+    """Which model, and where it runs."""
 
     model: str | None = knob(
         None,
@@ -101,6 +101,12 @@ class Config(Settings):
     threads: int = knob(0, "CPU threads for the arithmetic; 0 = PyTorch's own choice", least=0)
     seed: int = knob(0, "seed of random weights and of every random choice", least=0, most=2**63 - 1)
     quick: bool = knob(False, "a first look: fewer runs and tokens, wider intervals")
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    """What every script asks that measures: also, where the record goes."""
+
     recalibrate: bool = knob(False, "measure this machine's bandwidth and GEMM rate anew")
     json: str | None = knob(None, "append the record to this file instead of results/; - prints it, and no tables")
     note: str | None = knob(None, "append a record to notes.md; TEXT goes under Observations", optional_text=True)
@@ -205,6 +211,22 @@ def dashed(name: str) -> str:
 def flag_or_env(f) -> str:
     env = f.metadata.get("env")
     return f"--{dashed(f.name)}" + (f" (or {env})" if env else "")
+
+
+def listed(text: str, flag: str, kind: type = int, least: float = 1) -> list:
+    """The numbers of a comma-separated value, each once, in the order given. UserError."""
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"{flag} takes numbers with commas between them, such as {flag} 1,4,8, not {text!r}."
+        ) from error
+    low = next((value for value in values if not value >= least), None)
+    if low is not None:
+        raise UserError(f"{flag} takes numbers of at least {least}, and {low} is among them.")
+    if max(values) == float("inf"):
+        raise UserError(f"{flag} takes finite numbers, not {text!r}.")
+    return list(dict.fromkeys(values))
 
 
 def check_packages() -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from config import Config, PromptConfig, UserError
+from config import ModelConfig, PromptConfig, UserError
 from metrics import Stats, timed
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, left_pad, load_tokenizer
 from weights.find import Checkpoint, find
 from weights.load import load_net
 from weights.place import Place, resolve
@@ -175,32 +175,75 @@ def generate(
     ids: torch.Tensor,
     mask: torch.Tensor | None = None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     eos_ids: frozenset[int] = frozenset(),
-    pad_id: int = 0,
     stats: Stats | None = None,
-) -> torch.Tensor:
-    """Greedy generation: ids (B, T) -> the new tokens (B, at most max_new_tokens), the end token included.
+) -> list[list[int]]:
+    """Greedy generation: ids (B, T) -> each row's new tokens, its end token included.
 
-    A row that has ended is filled with pad_id until all have. With stats, every phase is timed into
-    stats["prefill"] and stats["decode"].
+    max_new_tokens: one limit for all rows, or one per row. A row that has ended leaves the batch: the steps after it
+    neither compute nor read anything for it. With stats, every phase is timed into stats["prefill"], stats["decode"]
+    and, where rows left, stats["drop_rows"], the copying that this costs.
     """
     clock: Callable[[str], AbstractContextManager] = nullcontext if stats is None else partial(timed, stats=stats)
-    ends = torch.tensor(sorted(eos_ids), device=ids.device)
+    limits = [max_new_tokens] * len(ids) if isinstance(max_new_tokens, int) else max_new_tokens
+    answers: list[list[int]] = [[] for _ in ids]
+    rows = list(range(len(ids)))  # whose answer each row of the batch goes to
     with clock("prefill"):
         token, cache = prefill(model, ids, mask)
-    new = [token]
-    done = torch.isin(token, ends)
-    while len(new) < max_new_tokens and not (eos_ids and bool(done.all())):
+    while True:
+        for row, new in zip(rows, token[:, 0].tolist(), strict=True):
+            answers[row].append(new)
+        going = [i for i, row in enumerate(rows) if len(answers[row]) < limits[row] and answers[row][-1] not in eos_ids]
+        if not going:
+            return answers
+        if len(going) < len(rows):
+            rows = [rows[i] for i in going]
+            with clock("drop_rows"):
+                token, cache, mask = keep_rows(token, cache, mask, going)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         with clock("decode"):
             token, cache = decode_step(model, token, cache, mask)
-        if eos_ids:
-            token = token.masked_fill(done, pad_id)
-            done |= torch.isin(token, ends)
-        new.append(token)
-    return torch.cat(new, dim=1)
+
+
+def keep_rows(token: torch.Tensor, cache: Any, mask: torch.Tensor | None, rows: Sequence[int]):
+    """The batch with these rows only. The cache is copied once, so that no later step reads the others' part of it."""
+    kept = torch.tensor(rows, device=token.device)
+    cache.batch_select_indices(kept)
+    return token[kept], cache, None if mask is None else mask[kept]
+
+
+def generate_batch(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: frozenset[int] = frozenset(),
+    pad_id: int = 0,
+    stats: Stats | None = None,
+) -> list[list[int] | UserError]:
+    """The new tokens of prompts of any lengths, computed together; float32: the same as each gets alone.
+
+    A prompt that does not fit the model's context is refused and takes no part: its place holds the UserError.
+    """
+    answers: list[Any] = [refusal(model, prompt, max_new_tokens) for prompt in prompts]
+    fitting = [i for i, refused in enumerate(answers) if refused is None]
+    if fitting:
+        padded, mask = left_pad([prompts[i] for i in fitting], pad_id)
+        ids = ids_tensor(padded).to(model.device)
+        seen = None if all(map(all, mask)) else ids_tensor(mask).to(model.device)  # nothing padded, nothing to mask
+        new = generate(model, ids, seen, max_new_tokens=max_new_tokens, eos_ids=eos_ids, stats=stats)
+        for i, tokens in zip(fitting, new, strict=True):
+            answers[i] = tokens
+    return answers
+
+
+def refusal(model: Model, prompt: Sequence[int], new_tokens: int) -> UserError | None:
+    try:
+        return check_fits(model, len(prompt), new_tokens)
+    except UserError as error:
+        return error
 
 
 def transformers_generate(
@@ -242,7 +285,7 @@ def kv_cache_bytes(cache: Any) -> int:
 # ---- loading
 
 
-def load_model(checkpoint: Checkpoint, config: Config, place: Place) -> Model:
+def load_model(checkpoint: Checkpoint, config: ModelConfig, place: Place) -> Model:
     """The checkpoint's network on this device, in eval mode. UserError when it is broken or does not fit."""
     set_threads(config.threads)
     net, weights_hash = load_net(checkpoint, place.device, place.dtype, config.attention, config.seed)
@@ -269,11 +312,16 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def load(config: PromptConfig) -> tuple[Model, Tokenizer, list[int]]:
-    """Everything that a request needs: the model, its tokenizer, and the prompt's ids, which fit the context."""
+def load_pair(config: ModelConfig, template: str = "auto") -> tuple[Model, Tokenizer]:
+    """The model and its tokenizer."""
     checkpoint, place = find(config.model), resolve(config)
     model = load_model(checkpoint, config, place)
-    tokenizer = load_tokenizer(checkpoint.folder, model.vocabulary if model.timing_only else None, config.template)
+    return model, load_tokenizer(checkpoint.folder, model.vocabulary if model.timing_only else None, template)
+
+
+def load(config: PromptConfig) -> tuple[Model, Tokenizer, list[int]]:
+    """Everything that a request needs: the model, its tokenizer, and the prompt's ids, which fit the context."""
+    model, tokenizer = load_pair(config, config.template)
     ids = tokenizer.encode(config.prompt)
     check_fits(model, len(ids), config.max_new_tokens)
     return model, tokenizer, ids

@@ -31,7 +31,7 @@ def loops(model: Model, ids: torch.Tensor) -> tuple[list[Callable[[], float]], l
 
         return run
 
-    ours = timed_loop(lambda: generate(model, ids, max_new_tokens=NEW_TOKENS)[0].tolist())
+    ours = timed_loop(lambda: generate(model, ids, max_new_tokens=NEW_TOKENS)[0])
     theirs = timed_loop(lambda: transformers_generate(model, ids, max_new_tokens=NEW_TOKENS)[0].tolist())
     return [ours, theirs], outputs
 

@@ -1,27 +1,26 @@
 """Tokens are called identical only on 32 prompts of 32 tokens, and not on one checkpoint alone.
 
 The embedded model was 4-bit once: its weights lie on a coarse grid, and ties or lucky roundings could hide an error. So
-the same is asked of a copy whose every weight was moved by noise of a thousandth of its layer's spread, and of random
+the same is asked of a copy whose every weight was moved by noise of a hundredth of its layer's spread, and of random
 weights in GPT-2's shape, made larger so that the answers vary.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from benchmarks.claim import Claim
 from config import PromptConfig
 from lab.console import progress
+from lab.prompts import questions
 from model import Model, generate, ids_tensor, load, transformers_generate
 from tokenizer import Tokenizer
 
-PROMPTS = Path(__file__).with_name("prompts.txt")
 FEWEST, NEW_TOKENS = 32, 32
 
 
-def perturb(model: Model, scale: float = 1e-3, seed: int = 0) -> None:
+def perturb(model: Model, scale: float = 1e-2, seed: int = 0) -> None:
     """Move every weight by normal noise of scale times its tensor's standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -42,7 +41,7 @@ def answers(model: Model, tokenizer: Tokenizer, prompts: list[str]) -> Iterator[
     """For each prompt our tokens, and whether generate() gives the same."""
     for prompt in prompts:
         ids = ids_tensor([tokenizer.encode(prompt)]).to(model.device)
-        ours = generate(model, ids, max_new_tokens=NEW_TOKENS)[0].tolist()
+        ours = generate(model, ids, max_new_tokens=NEW_TOKENS)[0]
         yield ours, ours == transformers_generate(model, ids, max_new_tokens=NEW_TOKENS)[0].tolist()
 
 
@@ -56,7 +55,7 @@ def claim(model: Model, tokenizer: Tokenizer, prompts: list[str], what: str) -> 
 
 def claims(config: PromptConfig) -> list[Claim]:
     config = replace(config, max_new_tokens=NEW_TOKENS)
-    prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[: 4 if config.quick else None]
+    prompts = questions()[: 4 if config.quick else None]
     model, tokenizer, _ = load(config)
     found = [claim(model, tokenizer, prompts, f"{model.name} as it is")]
     perturb(model)

@@ -10,6 +10,7 @@ from model import (
     check_fits,
     decode_step,
     generate,
+    generate_batch,
     ids_tensor,
     kv_cache_bytes,
     kv_cache_layers,
@@ -34,19 +35,19 @@ def reference(model, ids, new_tokens, mask=None, eos=()):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_greedy_tokens_equal_those_of_generate(any_model, length):
     ids = prompt_of(length)
-    assert generate(any_model, ids, max_new_tokens=40).tolist() == reference(any_model, ids, 40)
+    assert generate(any_model, ids, max_new_tokens=40) == reference(any_model, ids, 40)
 
 
 def test_the_tiny_models_do_not_answer_with_one_token_for_ever(any_model):
     """Else the test above could not fail: fresh random weights often repeat themselves at once."""
-    assert all(len(set(generate(any_model, prompt_of(n), max_new_tokens=40)[0].tolist())) >= 8 for n in LENGTHS)
+    assert all(len(set(generate(any_model, prompt_of(n), max_new_tokens=40)[0])) >= 8 for n in LENGTHS)
 
 
 def test_a_batch_of_unequal_lengths_gives_each_row_the_tokens_it_gets_alone(any_model):
     rows = [prompt_of(n)[0].tolist() for n in LENGTHS]
     ids, mask = map(ids_tensor, left_pad(rows, pad_id=0))
-    together = generate(any_model, ids, mask, max_new_tokens=20).tolist()
-    alone = [generate(any_model, ids_tensor([row]), max_new_tokens=20).tolist()[0] for row in rows]
+    together = generate(any_model, ids, mask, max_new_tokens=20)
+    alone = [generate(any_model, ids_tensor([row]), max_new_tokens=20)[0] for row in rows]
     assert together == alone == reference(any_model, ids, 20, mask)
 
 
@@ -68,27 +69,65 @@ def test_padding_on_the_left_leaves_the_logits_as_they_were(any_model, pads):
     assert token.item() == plain.argmax().item()
 
 
-def test_a_row_ends_at_its_end_token_and_is_padded_until_the_others_end(any_model):
+def test_a_row_ends_at_its_end_token_and_leaves_the_batch(any_model):
     rows = [prompt_of(n, seed=3)[0].tolist() for n in (3, 9, 14)]
     ids, mask = map(ids_tensor, left_pad(rows, pad_id=0))
     free = generate(any_model, ids, mask, max_new_tokens=24)
-    end = int(free[0, 5])  # a token that row 0 gives early serves as the end token
-    ours = generate(any_model, ids, mask, max_new_tokens=24, eos_ids=frozenset({end}), pad_id=0).tolist()
-    theirs = reference(any_model, ids, 24, mask, eos=[end])
-    assert ours == theirs
-    assert any(end in row for row in ours)
+    end = free[0][5]  # a token that row 0 gives early serves as the end token
+    stats: Stats = {}
+    ours = generate(any_model, ids, mask, max_new_tokens=24, eos_ids=frozenset({end}), stats=stats)
+    assert ours == [row[: row.index(end) + 1] if end in row else row for row in free]
+    assert len({len(row) for row in ours}) > 1 and len(stats["drop_rows"]) >= 1
+    theirs = reference(any_model, ids, 24, mask, eos=[end])  # goes on with every row, and fills the ended ones with 0
+    longest = max(map(len, ours))
+    assert [row + [0] * (longest - len(row)) for row in ours] == theirs
+
+
+def test_every_row_has_its_own_limit_and_the_steps_after_it_compute_nothing_for_it(any_model, monkeypatch):
+    rows = [prompt_of(n)[0].tolist() for n in (4, 9, 6)]
+    ids, mask = map(ids_tensor, left_pad(rows, pad_id=0))
+    widths = []
+
+    def counted(model, token, cache, mask=None):
+        widths.append(len(token))
+        return decode_step(model, token, cache, mask)
+
+    monkeypatch.setattr("model.decode_step", counted)
+    limits = [3, 7, 1]
+    ours = generate(any_model, ids, mask, max_new_tokens=limits)
+    assert ours == [reference(any_model, ids_tensor([r]), n)[0] for r, n in zip(rows, limits, strict=True)]
+    assert widths == [2, 2, 1, 1, 1, 1]
+
+
+def test_a_prompt_beyond_the_context_is_refused_and_its_neighbours_are_answered(any_model):
+    prompts = [prompt_of(n)[0].tolist() for n in (5, 253, 11)]
+    first, refused, last = generate_batch(any_model, prompts, max_new_tokens=4)
+    assert isinstance(refused, UserError) and "The prompt has 253 tokens" in str(refused)
+    assert [first, last] == [reference(any_model, ids_tensor([prompts[i]]), 4)[0] for i in (0, 2)]
+    (alone,) = generate_batch(any_model, [prompts[1]], max_new_tokens=4)
+    assert str(alone) == str(refused)
+
+
+def test_rows_of_equal_length_need_no_mask(any_model, monkeypatch):
+    masks = []
+    monkeypatch.setattr("model.prefill", lambda model, ids, mask=None: masks.append(mask) or prefill(model, ids, mask))
+    generate_batch(any_model, [[1, 2, 3], [4, 5, 6]], max_new_tokens=2)
+    generate_batch(any_model, [[1, 2, 3], [4, 5]], max_new_tokens=2)
+    assert masks[0] is None and masks[1].tolist() == [[1, 1, 1], [0, 1, 1]]
 
 
 def test_generate_times_one_prefill_and_every_further_token(any_model):
     stats: Stats = {}
     new = generate(any_model, prompt_of(5), max_new_tokens=7, stats=stats)
-    assert new.shape == (1, 7)
+    assert len(new[0]) == 7
     assert (len(stats["prefill"]), len(stats["decode"])) == (1, 6)
 
 
 def test_one_new_token_needs_no_decode_step(any_model):
     stats: Stats = {}
-    assert generate(any_model, prompt_of(5), max_new_tokens=1, stats=stats).shape == (1, 1)
+    assert generate(any_model, prompt_of(5), max_new_tokens=1, stats=stats) == [
+        [reference(any_model, prompt_of(5), 1)[0][0]]
+    ]
     assert "decode" not in stats
 
 
@@ -156,7 +195,7 @@ def test_other_formats_run_too_and_hold_half_the_bytes(dtype):
     place = resolve(Config(device="cpu", dtype=dtype))
     model.net.to(place.dtype)
     assert sum(p.numel() * 2 for p in model.net.parameters()) == model.weight_bytes()
-    assert generate(model, prompt_of(9), max_new_tokens=3).shape == (1, 3)
+    assert len(generate(model, prompt_of(9), max_new_tokens=3)[0]) == 3
 
 
 def test_a_checkpoint_that_asks_for_penalties_is_still_compared_with_plain_greedy(any_model, monkeypatch):
@@ -164,7 +203,7 @@ def test_a_checkpoint_that_asks_for_penalties_is_still_compared_with_plain_greed
     ids = prompt_of(15)
     plain = reference(any_model, ids, 20)
     monkeypatch.setattr(any_model.net.generation_config, "repetition_penalty", 5.0)
-    assert reference(any_model, ids, 20) == plain == generate(any_model, ids, max_new_tokens=20).tolist()
+    assert reference(any_model, ids, 20) == plain == generate(any_model, ids, max_new_tokens=20)
 
 
 def test_a_network_without_attention_has_no_cache_to_look_at(tmp_path):

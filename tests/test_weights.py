@@ -156,7 +156,7 @@ def test_a_gguf_file_is_converted_once_and_keeps_its_numbers(gguf_file, _fresh_c
     model = loaded(str(path))
     embedding = model.net.get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(embedding, tensors["token_embd.weight"])
-    assert generate(model, ids_tensor([[1, 2, 3]]), max_new_tokens=3).shape == (1, 3)
+    assert [len(new) for new in generate(model, ids_tensor([[1, 2, 3]]), max_new_tokens=3)] == [3]
     monkeypatch.setattr(gguf_cache, "dequantise", lambda *_: pytest.fail("converted a second time"))
     assert gguf_cache.is_whole(find(str(path)).folder)
 
@@ -275,7 +275,7 @@ def test_the_embedded_model_answers_and_its_tokens_equal_generates():
     theirs = model.net.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert ours.tolist() == theirs[:, 6:].tolist()
+    assert ours == theirs[:, 6:].tolist()
 
 
 def test_a_configuration_is_written_as_json(gguf_file, _fresh_cache):
