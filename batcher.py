@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
@@ -101,9 +101,6 @@ class InFlight:
             self.request_s += self.count * (now - self.since)
             self.count, self.since = self.count + by, now
 
-    def left(self, _future: Future) -> None:
-        self.change(-1)
-
 
 class DynamicBatcher:
     """Collects requests into batches and hands them to generate, one batch at a time, first come first served.
@@ -160,15 +157,25 @@ class DynamicBatcher:
             if self.closing:
                 raise BatcherClosed("this batcher is closed: submit to another one")
             if len(self.waiting) >= self.max_queue:
-                self.waiting = deque(w for w in self.waiting if not w.future.cancelled())
-            if len(self.waiting) >= self.max_queue:
                 raise QueueFull(f"{self.max_queue} requests wait already: try again later")
             self.in_flight.change(+1)
-            future.add_done_callback(self.in_flight.left)
             self.waiting.append(Waiting(self.submitted, request, future, self.clock()))
             self.submitted += 1
             self.changed.notify()
+        future.add_done_callback(self.settled)
         return future
+
+    def settled(self, future: Future) -> None:
+        """Runs once for every request, when it is answered, failed or cancelled. A cancelled one leaves the queue."""
+        self.in_flight.change(-1)
+        if not future.cancelled():
+            return
+        with self.changed:
+            mine = [waiting for waiting in self.waiting if waiting.future is future]
+            for waiting in mine:
+                self.waiting.remove(waiting)
+        if mine:  # else take() found it cancelled and has told those who wait for it
+            future.set_running_or_notify_cancel()
 
     async def predict(self, request: Any) -> Any:
         """submit() for asyncio. Cancelling the task that awaits it cancels the request."""
@@ -209,13 +216,14 @@ class DynamicBatcher:
 
     def leaves_at(self) -> float | None:
         """The moment at which a free worker takes the next batch if no one else comes; None while nobody waits."""
-        live = list(islice((w for w in self.waiting if not w.future.cancelled()), self.max_batch_size))
-        if not live:
+        if not self.waiting:
             return None
+        first = self.waiting[0].enqueued_s
         if self.closing:  # nobody can join any more
-            return live[0].enqueued_s
-        window_over = live[0].enqueued_s + self.max_wait_s
-        return min(window_over, live[-1].enqueued_s) if len(live) == self.max_batch_size else window_over
+            return first
+        if len(self.waiting) < self.max_batch_size:
+            return first + self.max_wait_s
+        return min(first + self.max_wait_s, self.waiting[self.max_batch_size - 1].enqueued_s)
 
     def take(self) -> list[Waiting]:
         """The next batch, out of the queue. From here on its members cannot be cancelled."""
@@ -311,7 +319,7 @@ class DemoConfig(ModelConfig):
 
 def main(argv: list[str] | None = None) -> int:
     config = DemoConfig.from_cli(__doc__, argv)
-    from lab.arrivals import schedule  # here: they load torch, which the batcher itself can do without
+    from lab.arrivals import OpenLoop, schedule  # here: they load torch, which the batcher itself can do without
     from lab.prompts import questions
     from model import generate_batch, load_pair
 
@@ -330,6 +338,11 @@ def main(argv: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text if config.json else f"{time.perf_counter() - start:7.3f} s  {text}", flush=True)
 
+    def send(number: int) -> Future:
+        if not config.json:
+            say(f"request {number} arrives: {len(prompts[number])} tokens")
+        return batcher.submit(prompts[number])
+
     batcher = DynamicBatcher(
         generate,
         config.max_batch_size,
@@ -339,22 +352,9 @@ def main(argv: list[str] | None = None) -> int:
         on_batch=lambda batch: say(batch.line() if config.json else told(batch)),
         start=False,
     )
-    futures: list[Future] = []
-
-    def send() -> None:
-        for due, prompt in zip(schedule("poisson", config.requests, config.rate, config.seed), prompts, strict=True):
-            time.sleep(max(start + due - time.perf_counter(), 0))
-            if not config.json:
-                say(f"request {len(futures)} arrives: {len(prompt)} tokens")
-            futures.append(batcher.submit(prompt))
-        wait(futures)  # only then: a batcher that closes lets no window run
-        batcher.close()
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    batcher.serve()
-    sender.join()
-    return show_answers(config, model, tokenizer, futures)
+    with OpenLoop(schedule("poisson", config.requests, config.rate, config.seed), send, then=batcher.close) as users:
+        batcher.serve()
+    return show_answers(config, model, tokenizer, users.futures)
 
 
 def told(batch: Batch) -> str:
