@@ -110,7 +110,7 @@ class DynamicBatcher:
 
     start=False makes no thread. Then a thread of yours calls serve(), which returns after close(). With PyTorch on a
     CPU that should be the thread that computed before: every thread that computes gets its own OpenMP team, and two
-    teams on the cores of one slow each other down, even in turn (benchmarks/batching.py measures by how much).
+    teams on the cores of one slow each other down, even in turn (benchmarks/batched_decode.py measures by how much).
     Tests and simulations, on a clock of their own, drive it by leaves_at() and run_next().
     """
 

@@ -1,6 +1,6 @@
 """Measure every claim of the README on this machine, one after the other, and print what was found.
 
-make bench                                     # all of them, about six minutes on two cores
+make bench                                     # all of them, about ten minutes on two cores
 python3 -m benchmarks --only decode_loop       # one of them
 python3 -m benchmarks --model random:distilgpt2
 """
@@ -19,7 +19,7 @@ from lab.card import hardware_card
 from lab.request_tables import card_table
 from model import load
 
-ALL = ("timer", "bandwidth", "decode_loop", "identity", "start")
+ALL = ("timer", "bandwidth", "decode_loop", "identity", "start", "batcher_cost", "batched_decode", "prediction")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ both figures of a row come from the same clock readings.
     python3 -m experiments.mistakes cold       # one cold call is taken for the speed of prefill
     python3 -m experiments.mistakes unsynced   # the clock stops when the work was queued, not when it was done
     python3 -m experiments.mistakes folded     # new tokens over prefill + decode, called decode speed
+    python3 -m experiments.mistakes order      # every cell once, in one order; a point against a point
+    python3 -m experiments.mistakes exec-only  # latency without the time in the queue
+    python3 -m experiments.mistakes mean-of-p95   # the rounds' P95s, averaged
 """
 
 from config import PromptConfig, check_packages, knob
@@ -22,18 +25,20 @@ from typing import Any
 
 import torch
 
+from experiments import batch_mistakes
 from lab import console, records
 from lab.card import hardware_card
 from lab.request_tables import quoted
 from metrics import Stats, ms, number, synchronize, table, timed
 from model import Model, decode_step, ids_tensor, load, prefill
 
+NAMES = ("cold", "unsynced", "folded", "order", "exec-only", "mean-of-p95")
 Finding = tuple[list[tuple], list[str]]  # rows: figure, wrong, right, wrong / right; and sentences
 
 
 @dataclass(frozen=True)
 class MistakesConfig(PromptConfig):
-    mistake: str = knob("", "which mistake to make", positional=True, choices=("cold", "unsynced", "folded"))
+    mistake: str = knob("", "which mistake to make", positional=True, choices=NAMES)
     max_new_tokens: int = knob(16, "new tokens of each request", least=3)
     runs: int = knob(6, "requests after the first", least=2, quick=3)
 
@@ -135,6 +140,12 @@ MISTAKES: dict[str, tuple[Callable[..., Stats], Callable[..., Finding]]] = {
     "unsynced": (unsynced_request, unsynced),
     "folded": (request, folded),
 }
+# The same for those that need a batcher: one sample is a round of batch sizes.
+BATCHED: dict[str, tuple[Callable[..., batch_mistakes.Sample], Callable[..., Finding]]] = {
+    "order": (batch_mistakes.sweep, batch_mistakes.order),
+    "exec-only": (batch_mistakes.sweep, batch_mistakes.exec_only),
+    "mean-of-p95": (batch_mistakes.one_by_one, batch_mistakes.mean_of_p95),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,8 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     records.check_writable(config, "mistakes")
     model, tokenizer, prompt = load(config)
     ids = ids_tensor([prompt]).to(model.device)
-    take, tell = MISTAKES[config.mistake]
-    samples: list[Stats] = []
+    take, tell = (MISTAKES | BATCHED)[config.mistake]
+    batched = config.mistake in BATCHED
+    samples: list[Any] = []
     page, partial = console.Page(silent=config.json == "-"), False
     card = hardware_card(model.device)
     page.show(
@@ -152,8 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         keep=False,
     )
     try:
-        for _ in console.progress(range(config.runs + 1), config.runs + 1, "requests"):
-            samples.append(take(model, ids, config))
+        for turn in console.progress(range(config.runs + 1), config.runs + 1, "rounds"):
+            samples.append(take(model, tokenizer, config, turn) if batched else take(model, ids, config))
     except KeyboardInterrupt:
         partial = True
     if len(samples) < 2:
@@ -166,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         "prompt_tokens": len(prompt),
         "samples": samples,
         "partial": partial,
-        "batch_policy": "one request at a time",
+        "batch_policy": "as the mistake's table says" if batched else "one request at a time",
         "kv_cache": "on",
         "gpu_utilisation": "not sampled",
         "verdicts": said,

@@ -1,12 +1,13 @@
 """Scripts as good Unix tools: exit statuses, pipes, narrow locales, progress on a terminal only."""
 
 import codecs
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import config
@@ -103,6 +104,18 @@ def progress(items: Iterable[Any], total: int, label: str) -> Iterable[Any]:
     from tqdm import tqdm
 
     return tqdm(items, total=total, desc=label, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def bar(total: float, label: str) -> Iterator[Callable[[float], object]]:
+    """A bar for parts of unequal length: with bar(sum of weights, label) as advance: advance(weight) after each."""
+    from tqdm import tqdm
+
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
+    with tqdm(
+        total=total, desc=label, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True, bar_format=shown
+    ) as inner:
+        yield inner.update
 
 
 class Page:

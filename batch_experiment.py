@@ -1,0 +1,333 @@
+"""Day 2. What does batching buy, and who pays for it?
+
+A decode step reads every weight, whether it serves one request or eight. So eight together cost little more than one
+alone, and the machine delivers more tokens per second; but a request now waits until its batch leaves, and until the
+slowest member is done. Every cell of the table is one policy (batch size, waiting window). In every round each cell
+gets the same requests, by the same schedule; latency is counted from the moment a request was due, so that waiting in
+the queue is part of it. Before a cell runs, a simulation predicts it from step times measured a moment before.
+
+    python3 batch_experiment.py                               # 1, 4, 8 x 0, 10 ms: about eleven minutes on two cores
+    python3 batch_experiment.py --quick                       # a first look
+    python3 batch_experiment.py --arrival poisson --rate 1    # users who come one by one
+    python3 batch_experiment.py --check-window                # is there a rate at which waiting pays?
+    python3 batch_experiment.py --json run.jsonl              # Ctrl-C, and later the same line again: it goes on
+"""
+
+from config import Config, UserError, check_packages, knob, listed
+
+if __name__ == "__main__":
+    check_packages()
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from batcher import DynamicBatcher
+from lab import batch_plots, batch_tables, batch_window, batch_words, ceilings, console, records
+from lab.arrivals import KINDS, schedule
+from lab.batch_figures import Cell, Trial
+from lab.batch_trial import Served, run_trial, seconds
+from lab.card import gpu_uuid, hardware_card, machine_key
+from lab.prompts import exact, lengths
+from lab.request_tables import card_table, ceilings_line, model_table
+from lab.sampler import Sampler, Usage
+from lab.simulation import Cost, simulate
+from metrics import Stats, number
+from model import Model, check_fits, generate_batch, load_pair, set_threads
+from tokenizer import Tokenizer
+
+CALIBRATION_STEPS = 8
+SAME_RUN = ("batch_sizes", "windows_ms", "requests", "max_new_tokens", "prompt_tokens", "prompts", "arrival", "rate",
+            "attention", "threads", "seed", "check_window")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BatchConfig(Config):
+    batch_sizes: str = knob("1,4,8", "requests in a batch at most, one cell each", metavar="N,N,…")
+    windows_ms: str = knob("0,10", "how long the first request waits for others, one cell each", metavar="MS,MS,…")
+    requests: int = knob(16, "requests a cell gets in each round", least=1, quick=8)
+    max_new_tokens: int = knob(
+        32, "new tokens of each request; end tokens are ignored, so all get them", least=2, quick=8
+    )
+    prompt_tokens: int = knob(32, "length of the prompts, in tokens; of the longest one where they are mixed", least=1)
+    prompts: str = knob("same", "lengths of the prompts: all the same, or a quarter to all", choices=("same", "mixed"))
+    arrival: str = knob("burst", "all at once, at random moments, or evenly spaced", choices=KINDS)
+    rate: float = knob(1.0, "requests per second, for poisson and constant arrivals", least=0.001)
+    rounds: int = knob(6, "how often every cell runs; six are the fewest for a verdict", least=1, quick=2)
+    percentiles: str = knob("95", "percentiles of the latency to print, such as 50,95,99", metavar="P,P,…")
+    check_window: bool = knob(False, "also run at half and at twice the rate at which the window begins to pay")
+    figure: bool = knob(False, "draw throughput, latency and timelines into results/figures/")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if max(self.sizes) > self.requests:
+            raise UserError(
+                f"--requests {self.requests} can never fill a batch of {max(self.sizes)}: raise --requests or lower "
+                "--batch-sizes."
+            )
+        if not self.rate < float("inf") or max(self.shown_percentiles) >= 100:
+            raise UserError("--rate must be a finite number, and --percentiles must lie between 1 and 100.")
+
+    @property
+    def sizes(self) -> list[int]:
+        return sorted(listed(self.batch_sizes, "--batch-sizes"))
+
+    @property
+    def windows(self) -> list[float]:
+        return sorted(listed(self.windows_ms, "--windows-ms", float, least=0))
+
+    @property
+    def shown_percentiles(self) -> list[float]:
+        return sorted(listed(self.percentiles, "--percentiles", float))
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [(size, window) for size in self.sizes for window in self.windows]
+
+
+# ---- the sweep
+
+
+class Sweep:
+    """Everything that the trials of a run share."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, config: BatchConfig, gemm_size: int) -> None:
+        self.model, self.config, self.gemm_size = model, config, gemm_size
+        self.pad_id = tokenizer.pad_id
+        self.served = Served(self.answer, model.net)
+        self.lengths = lengths(config.prompts, config.prompt_tokens, config.requests)
+        self.prompts = [exact(tokenizer.codec.encode, n, i) for i, n in enumerate(self.lengths)]
+        self.fit_sizes = fit_sizes(config.sizes)
+        self.usage_uuid = gpu_uuid(model.device)
+
+    def answer(self, prompts: Sequence[list[int]], stats: Stats, new_tokens: int | None = None) -> list:
+        """No end tokens are given, so that all answers have the same length."""
+        limit = new_tokens or self.config.max_new_tokens
+        return generate_batch(self.model, prompts, max_new_tokens=limit, pad_id=self.pad_id, stats=stats)
+
+    def dues(self, round_number: int) -> list[float]:
+        """Every cell of a round gets the same schedule; every round another."""
+        config = self.config
+        return seconds(schedule(config.arrival, config.requests, config.rate, config.seed + round_number))
+
+    def batch_s(self, rows: int, new_tokens: int) -> Stats:
+        """The phases of one batch of the first prompts, outside any batcher."""
+        stats: Stats = {}
+        self.answer(self.prompts[:rows], stats, new_tokens)
+        return stats
+
+    def warm_up(self) -> dict[str, dict[str, float]]:
+        """Every shape that will be timed runs once before. What the first time took is kept: it is a result too."""
+        found = {}
+        sizes = sorted({*self.config.sizes, *self.fit_sizes})
+        for rows in console.progress(sizes, len(sizes), "warm-up"):
+            stats = self.batch_s(rows, 3)
+            found[str(rows)] = {"prefill_s": stats["prefill"][0], "step_s": stats["decode"][0]}
+        return found
+
+    def alone(self) -> list[str]:
+        """The hash of every request's answer when it is computed by itself: what each cell must give too."""
+        prompts = console.progress(self.prompts, len(self.prompts), "references")
+        return [records.output_hash(self.served([prompt])[0]) for prompt in prompts]
+
+    def calibrate(self) -> dict[str, Any]:
+        """c(b) at this moment: one decode step and one prefill, at the sizes that are kept for fitting."""
+        steps, prefills = {}, {}
+        for rows in self.fit_sizes:
+            stats = self.batch_s(rows, CALIBRATION_STEPS + 1)
+            steps[rows] = round(median(stats["decode"]), 6)
+            prefills[rows * max(self.lengths[:rows])] = round(stats["prefill"][0], 6)
+        return {"step_s": steps, "prefill_s": prefills}
+
+    def cost(self, calibration: dict[str, Any]) -> Cost:
+        points = [{int(k): s for k, s in calibration[name].items()} for name in ("step_s", "prefill_s")]
+        return Cost(*points, self.config.max_new_tokens)
+
+    def predict(self, cell: Cell, dues: Sequence[float], cost: Cost) -> dict[str, float]:
+        done = simulate(make_batcher(cell), dues, self.lengths, cost.service_s)
+        span = max(done) - min(dues)
+        mean_latency = sum(d - due for d, due in zip(done, dues, strict=True)) / len(dues)
+        return {
+            "tokens_per_s": len(dues) * self.config.max_new_tokens / span,
+            "mean_latency_s": mean_latency,
+            "makespan_s": span,
+        }
+
+    def trial(self, cell: Cell, dues: list[float], probe: ceilings.Probe, cost: Cost) -> Trial:
+        """One cell: predicted, then run between two looks at the machine."""
+        predicted, usage = self.predict(cell, dues, cost), Usage()
+        before = probe.anchor(self.model.place.dtype, self.gemm_size)
+        with Sampler(usage, self.usage_uuid):
+            trial = run_trial(DynamicBatcher, self.served, self.prompts, cell, dues)
+        after = probe.anchor(self.model.place.dtype, self.gemm_size)
+        return trial | {
+            "predicted": predicted,
+            "usage": usage.summary(),
+            "anchor_s": (before.seconds + after.seconds) / 2,
+            "bytes_per_s": max(before.bytes_per_s, after.bytes_per_s),
+        }
+
+
+def make_batcher(cell: Cell) -> Callable[..., DynamicBatcher]:
+    """The batcher of a cell for the simulation: no thread, no log, a clock that jumps."""
+    return lambda generate, clock: DynamicBatcher(
+        generate, cell[0], cell[1] / 1e3, max_queue=10**9, on_batch=lambda _: None, clock=clock, start=False
+    )
+
+
+def fit_sizes(sizes: Sequence[int]) -> list[int]:
+    """The batch sizes at which c(b) is calibrated: the ends, and the middles between neighbours.
+
+    The sizes between the ends are kept out, so that their cells can show whether the prediction holds.
+    """
+    middles = {(a + b) // 2 for a, b in pairwise(sizes)}
+    return sorted({1, sizes[0], sizes[-1]} | {m for m in middles if m not in sizes[1:-1]})
+
+
+def measure(sweep: Sweep, record: dict[str, Any], probe: ceilings.Probe) -> None:
+    """Rounds of all cells, in turning order. What is in the record already is not run again. Ctrl-C: partial."""
+    config = sweep.config
+    done = {(t["round"], t["batch_size"], t["window_ms"]) for t in record["trials"]}
+    todo = [
+        (number, cell)
+        for number in range(config.rounds)
+        for cell in (config.cells if number % 2 == 0 else reversed(config.cells))
+        if (number, *cell) not in done
+    ]
+    calibrated_for = None
+    with console.bar(sum(weight(config, cell) for _, cell in todo), "cells") as advance:
+        for number, cell in todo:
+            if calibrated_for != number:
+                calibration = sweep.calibrate()
+                record["calibrations"].append({"round": number} | calibration)
+                calibrated_for = number
+            trial = sweep.trial(cell, sweep.dues(number), probe, sweep.cost(calibration))
+            record["trials"].append({"round": number} | trial)
+            advance(weight(config, cell))
+
+
+def weight(config: BatchConfig, cell: Cell) -> float:
+    """Roughly how long a cell takes, in units that do not matter: for the bar's time left."""
+    return 1 + 2 * config.requests / cell[0]
+
+
+# ---- one run
+
+
+def resumed(config: BatchConfig, model: dict[str, Any], card: dict[str, str]) -> dict[str, Any] | None:
+    """The last record of the --json file, if it is the same run on the same machine and has trials missing."""
+    if config.json in (None, "-"):
+        return None
+    for old in reversed(records.read_lines(Path(config.json))):
+        same = old.get("script") == "batch_experiment" and old["model"]["hash"] == model["hash"]
+        same = same and all(old["config"].get(name) == getattr(config, name) for name in SAME_RUN)
+        same = same and old["model"]["dtype"] == model["dtype"] and machine_key(old["card"]) == machine_key(card)
+        if same:
+            return old if len(old["trials"]) < config.rounds * len(config.cells) else None
+    return None
+
+
+def describe(sweep: Sweep, template: str) -> dict[str, Any]:
+    config, model = sweep.config, sweep.model
+    mean_cached = config.prompt_tokens + config.max_new_tokens // 2
+    rows = sorted({*config.sizes, *sweep.fit_sizes})
+    arrival = config.arrival + ("" if config.arrival == "burst" else f", {config.rate:g} requests/s")
+    return {
+        "model": model.description(),
+        "template": template,
+        "prompt": f"{config.requests} texts of {min(sweep.lengths)} to {max(sweep.lengths)} tokens",
+        "prompt_tokens": max(sweep.lengths),
+        "prompt_lengths": sweep.lengths,
+        "batch_policy": f"{config.batch_sizes} x {config.windows_ms} ms (size x window), {config.requests} x {arrival}",
+        "kv_cache": "on (transformers DynamicCache)",
+        "cells": config.cells,
+        "fit_sizes": sweep.fit_sizes,
+        "floors": {
+            str(b): {"flops": b * model.flops(1, mean_cached), "read_bytes": model.read_bytes(b, b * mean_cached)}
+            for b in rows
+        },
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = BatchConfig.from_cli(__doc__, argv)
+    records.check_writable(config, "batch_experiment")
+    page = console.Page(silent=config.json == "-")
+    set_threads(config.threads)
+    model, tokenizer = load_pair(config, "raw")
+    check_fits(model, config.prompt_tokens, config.max_new_tokens)
+    card = hardware_card(model.device)
+    ceiling = ceilings.kept(model.device, machine_key(card), config.recalibrate)
+    card["Measured ceilings"] = ceilings_line(vars(ceiling))
+    page.show("# Day 2: what does batching buy, and who pays?\n\n" + card_table(card), keep=False)
+
+    sweep = Sweep(model, tokenizer, config, ceiling.gemm_size.get(model.place.dtype_name, 256))
+    record = records.new_record("batch_experiment", "day2-batching", config, card)
+    record |= describe(sweep, tokenizer.template) | {"ceilings": vars(ceiling), "trials": [], "calibrations": []}
+    page.show(model_table(record))
+    old = resumed(config, record["model"], card)
+    if old:
+        record |= {name: old[name] for name in ("trials", "calibrations", "references", "cold")}
+        record["resumed_from"] = old["id"]
+        page.show(f"Going on with [{old['id']}]: {len(old['trials'])} trials of it are not run again.", keep=False)
+    else:
+        record["cold"] = sweep.warm_up()
+        # A batch of one is a request alone: where the sweep has it, its first trial gives the references.
+        record["references"] = None if config.sizes[0] == 1 else sweep.alone()
+    run(sweep, record)
+    return report(config, record, page)
+
+
+def run(sweep: Sweep, record: dict[str, Any]) -> None:
+    probe = ceilings.Probe(sweep.model.device)
+    try:
+        measure(sweep, record, probe)
+        if sweep.config.windows[-1] > 0:
+            cost, largest = sweep.cost(record["calibrations"][-1]), sweep.config.cells[-1]
+            record["window"] = batch_window.break_even(make_batcher, cost, *largest, sweep.lengths)
+            if sweep.config.check_window:
+                check_window(sweep, record, probe)
+    except KeyboardInterrupt:
+        record["partial"] = True
+    if not record["trials"]:
+        raise KeyboardInterrupt  # nothing was measured
+
+
+def check_window(sweep: Sweep, record: dict[str, Any], probe: ceilings.Probe) -> None:
+    """Run the largest batch with and without the window, at half and at twice the rate below which it cannot pay."""
+    config, found = sweep.config, record["window"]
+    found["check"], size = [], config.sizes[-1]
+    rates, windows = (found["cannot_pay_below"] / 2, found["cannot_pay_below"] * 2), (0.0, config.windows[-1])
+    todo = [
+        (number, rate, window)
+        for number in range(config.rounds)
+        for rate in rates
+        for window in (windows if number % 2 == 0 else reversed(windows))
+    ]
+    calibration = {"round": None}
+    for turn, rate, window in console.progress(todo, len(todo), "window check"):
+        if calibration["round"] != turn:
+            calibration = {"round": turn} | sweep.calibrate()
+        dues = seconds(schedule("poisson", config.requests, rate, config.seed + turn))
+        trial = sweep.trial((size, window), dues, probe, sweep.cost(calibration))
+        found["check"].append({"round": turn, "rate": rate} | trial)
+
+
+def report(config: BatchConfig, record: dict[str, Any], page: console.Page) -> int:
+    percents = [trial["usage"]["gpu_percent_mean"] for trial in record["trials"]]
+    used = [percent for percent in percents if percent is not None]
+    record["gpu_utilisation"] = number(sum(used) / len(used), 0, unit=" %") if used else "N/A (no GPU was used)"
+    record["verdicts"] = batch_words.sentences(record)
+    sections = batch_tables.sections(record, config.shown_percentiles)
+    if config.figure:
+        sections.append(batch_plots.draw(record))
+    for warning in batch_words.warnings(record):
+        console.warn(warning)
+    return console.conclude(config, record, page, sections)
+
+
+if __name__ == "__main__":
+    console.run(main)
