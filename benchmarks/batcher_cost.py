@@ -24,7 +24,7 @@ def round_trip_s(requests: int = 2000) -> float:
 
 
 def flood() -> tuple[float, int, bool]:
-    """50 threads submit 40 requests each. (Seconds a request, answers that came, whether each thread kept its order)."""
+    """Each of 50 threads submits 40: (seconds a request, answers that came, whether each thread kept its order)."""
     ran: list[tuple[int, int]] = []
     futures: dict[int, list[Future]] = {thread: [] for thread in range(THREADS)}
     batcher = DynamicBatcher(lambda batch: ran.extend(batch) or batch, 8, 0.001, max_queue=THREADS * EACH)

@@ -194,9 +194,9 @@ def laws_table(record: Record) -> str:
                ("positions: computed = useful + padding", "right"), ("tokens against alone", "left")]  # fmt: skip
     return (
         "### Laws\n\n" + table(columns, rows) + "\n\n"
-        "Conservation: late + queue wait + prefill + decode = latency, within 2 % or 1 ms for every request. Little: the "
-        "mean in flight by the batcher's own counter against the caller's stamps, within 5 % (the worst round). Positions "
-        "are counted at the network's door."
+        "Conservation: late + queue wait + prefill + decode = latency, within 2 % or 1 ms for every request. Little: "
+        "the mean in flight by the batcher's own counter against the caller's stamps, within 5 % (the worst round). "
+        "Positions are counted at the network's door."
     )
 
 
@@ -218,7 +218,8 @@ def prediction_table(record: Record) -> str:
             )
         )
     columns = [*CELL, ("predicted tokens/s", "right"), ("measured", "right"), ("error", "right"),
-               ("predicted latency s", "right"), ("measured", "right"), ("error", "right"), ("scored", "left")]  # fmt: skip
+               ("predicted latency s", "right"), ("measured", "right"), ("error", "right"),
+               ("scored", "left")]  # fmt: skip
     return (
         "### Predicted, then measured\n\n" + table(columns, rows) + "\n\n"
         "Predicted by the batcher itself on a clock that jumps, with step times taken at batch sizes "
@@ -241,7 +242,8 @@ def ledger_table(record: Record) -> str:
             )
         )
     columns = [*CELL, ("passes per new token", "right"), ("prefill ms", "right"), ("decode ms", "right"),
-               ("window ms", "right"), ("no request ms", "right"), ("rest ms", "right"), ("in all ms", "right")]  # fmt: skip
+               ("window ms", "right"), ("no request ms", "right"), ("rest ms", "right"),
+               ("in all ms", "right")]  # fmt: skip
     return (
         "### Batching ledger: the machine's time for each request\n\n" + table(columns, rows) + "\n\n"
         "Every pass reads every weight once, so passes per new token are weight reads per new token."
@@ -298,8 +300,8 @@ def window_table(record: Record) -> str:
     columns = [("requests/s", "right"), ("of capacity", "right"), ("latency without a window s", "right"),
                ("a window adds ms", "right"), ("interval", "right")]  # fmt: skip
     text = (
-        f"### Does a window of {found['window_ms']:g} ms pay? Batch {found['size']}, Poisson arrivals, simulated from c(b)\n\n"
-        + table(columns, rows)
+        f"### Does a window of {found['window_ms']:g} ms pay? Batch {found['size']}, Poisson arrivals, simulated from "
+        "c(b)\n\n" + table(columns, rows)
     )
     return text + ("\n\n" + check_table(found) if "check" in found else "")
 
@@ -319,8 +321,9 @@ def check_table(found: dict) -> str:
         pairs = list(zip(*by_window.values(), strict=False))
         measured = [mean_latency_s(b) - mean_latency_s(a) for a, b in pairs]
         predicted = [b["predicted"]["mean_latency_s"] - a["predicted"]["mean_latency_s"] for a, b in pairs]
-        rows.append((number(rate, 2), len(pairs), f"{mean(predicted) * 1e3:+,.0f}" if pairs else NONE,
-                     f"{mean(measured) * 1e3:+,.0f}" if pairs else NONE, between_ms(interval_of_mean(measured), 0)))  # fmt: skip
+        if pairs:
+            means = (f"{mean(values) * 1e3:+,.0f}" for values in (predicted, measured))
+            rows.append((number(rate, 2), len(pairs), *means, between_ms(interval_of_mean(measured), 0)))
     columns = [("requests/s", "right"), ("rounds", "right"), ("predicted: a window adds ms", "right"),
                ("measured", "right"), ("95 % interval", "right")]  # fmt: skip
     return "Checked by running, the same arrivals with and without the window:\n\n" + table(columns, rows)

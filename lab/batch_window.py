@@ -1,4 +1,4 @@
-"""Is there a rate of arrivals at which waiting for others pays? Computed by simulation from c(b), before it is measured.
+"""Is there a rate of arrivals at which waiting for others pays? Simulated from c(b), before it is measured.
 
 A window delays whoever comes while the worker is free, and helps only if someone else comes within it. While the worker
 is busy requests collect by themselves, window or not. So at low rates a window only costs, at high rates it does

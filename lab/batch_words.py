@@ -25,6 +25,7 @@ from lab.batch_figures import (
 from lab.verdict import FEWEST_ROUNDS, Verdict, steady_rounds
 from metrics import ms
 
+ONE_NEVER_WAITS = " A batch of one is full at once: under it no window opens, and its ratio shows the noise."
 CHAT_LIMIT = 1.5  # a person who chats shall not wait much longer than one who has the machine to themselves
 THROUGHPUT_ERROR, LATENCY_ERROR = 0.10, 0.15
 
@@ -114,12 +115,8 @@ def windows(record: Record) -> list[str]:
             said = compared(record, a, b, mean_latency_s)
             lines.append(f"batch {size} ×{shown(said)} {said.word}")
     return [
-        f"What does a window of {spans[-1]:g} ms do to the average latency, against {spans[0]:g} ms? {'; '.join(lines)}."
-        + (
-            " With room for one request there is nobody to wait for, and the two should not differ by more than the window."
-            if min(found)[0] == 1
-            else ""
-        )
+        f"What does a window of {spans[-1]:g} ms do to the average latency, against {spans[0]:g} ms? "
+        f"{'; '.join(lines)}." + (ONE_NEVER_WAITS if min(found)[0] == 1 else "")
     ]
 
 
@@ -200,8 +197,8 @@ def predictions(record: Record) -> list[str]:
         below, above = max(b for b in neighbours if b < cell[0]), min(b for b in neighbours if b > cell[0])
         straight = curve[below] + (curve[above] - curve[below]) * (cell[0] - below) / (above - below)
         text += (
-            f" {name(cell).capitalize()} is off by {throughput:+.0%} and {latency:+.0%}: a step of {cell[0]} rows takes "
-            f"{ms(curve.get(cell[0]))} ms where the line between {below} and {above} rows says {ms(straight)}."
+            f" {name(cell).capitalize()} is off by {throughput:+.0%} and {latency:+.0%}: a step of {cell[0]} rows "
+            f"takes {ms(curve.get(cell[0]))} ms where the line between {below} and {above} rows says {ms(straight)}."
         )
     return [text]
 

@@ -14,11 +14,14 @@ ROWS = {
     "config": 0, "metrics": 0,
     "lab": 1, "tokenizer": 1, "weights": 1,
     "model": 2,
-    "infer": 5, "inspect_prefill_decode": 5, "report": 5, "experiments": 5, "benchmarks": 5,
+    "batcher": 3,  # its demonstration runs the model; the class itself knows neither torch nor the model
+    "infer": 5, "inspect_prefill_decode": 5, "batch_experiment": 5, "report": 5, "experiments": 5, "benchmarks": 5,
 }  # fmt: skip
 TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.checklist", "lab.verdict", "lab.roofline",
               "lab.request_tables", "lab.request_words", "lab.console", "lab.fits", "lab.sampler", "weights.find",
-              "weights.hub", "weights.gguf_cache", "weights.random_init")  # fmt: skip
+              "weights.hub", "weights.gguf_cache", "weights.random_init", "batcher",
+              "lab.arrivals", "lab.simulation", "lab.prompts", "lab.batch_trial", "lab.batch_figures",
+              "lab.batch_tables", "lab.batch_words", "lab.batch_window", "lab.batch_plots")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
 
