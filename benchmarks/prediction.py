@@ -27,12 +27,8 @@ def claims(config: PromptConfig) -> list[Claim]:
     for cell, trials in cells(record).items():
         if scored(record, cell):
             throughput, latency = prediction_errors(trials)
-            found.append(
-                Claim(
-                    f"simulated batch {cell[0]}, window {cell[1]:g} ms",
-                    "within 10 % and 15 % of measured",
-                    f"throughput {throughput:+.1%}, average latency {latency:+.1%} ({len(trials)} rounds)",
-                    abs(throughput) <= THROUGHPUT and abs(latency) <= LATENCY,
-                )  # fmt: skip
-            )
+            what = f"simulated batch {cell[0]}, window {cell[1]:g} ms"
+            promised = f"within {THROUGHPUT:.0%} and {LATENCY:.0%} of measured"
+            measured = f"throughput {throughput:+.1%}, average latency {latency:+.1%} ({len(trials)} rounds)"
+            found.append(Claim(what, promised, measured, abs(throughput) <= THROUGHPUT and abs(latency) <= LATENCY))
     return found

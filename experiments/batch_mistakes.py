@@ -97,8 +97,8 @@ def mean_of_p95(samples: list[Sample], *_: Any) -> Finding:
     over = sum(latency > wrong for latency in pooled)
     return rows, [
         f"Wrong: the mean of {len(each)} rounds' P95s ({', '.join(f'{p:.2f}' for p in each)} s; of {REQUESTS} "
-        f"requests, each is that round's greatest latency). {over} of {len(pooled)} requests ({over / len(pooled):.0%}) "
-        'took longer than that "P95".',
+        f"requests, each is that round's greatest latency). {over} of {len(pooled)} requests, "
+        f"{over / len(pooled):.0%}, took longer than what is called P95 here.",
         f"Right: the nearest-rank P95 of all {len(pooled)} latencies"
         + ("." if len(pooled) >= 132 else f", printed with n={len(pooled)} and not certified: it takes 132."),
     ]
