@@ -187,15 +187,7 @@ class DynamicBatcher:
         Returns whether the worker has ended. A batch that runs is never cut off, so without timeout_s this lasts as
         long as generate does. Called again, or from inside a batch, it does no harm.
         """
-        with self.changed:
-            self.closing = True
-            dropped = [] if drain else list(self.waiting)
-            if not drain:
-                self.waiting.clear()
-            self.changed.notify_all()
-        for waiting in dropped:
-            if waiting.future.set_running_or_notify_cancel():
-                waiting.future.set_exception(BatcherClosed("the batcher was closed before this request's batch left"))
+        self.refuse(waiting_too=not drain)
         if self.server is None:
             while self.run_next():
                 pass
@@ -205,6 +197,18 @@ class DynamicBatcher:
             if self.thread and self.ended.is_set():
                 self.thread.join()
         return self.ended.is_set()
+
+    def refuse(self, waiting_too: bool) -> None:
+        """Take no more requests; waiting_too: those in the queue fail as well."""
+        with self.changed:
+            self.closing = True
+            dropped = list(self.waiting) if waiting_too else []
+            if waiting_too:
+                self.waiting.clear()
+            self.changed.notify_all()
+        for waiting in dropped:
+            if waiting.future.set_running_or_notify_cancel():
+                waiting.future.set_exception(BatcherClosed("the batcher was closed before this request's batch left"))
 
     def __enter__(self) -> "DynamicBatcher":
         return self
@@ -243,6 +247,7 @@ class DynamicBatcher:
             while self.wait_until_due():
                 self.run_next()
         finally:
+            self.refuse(waiting_too=True)  # after Ctrl-C some still wait, and nobody would serve them
             self.ended.set()
 
     def wait_until_due(self) -> bool:
