@@ -13,11 +13,12 @@ the queue is part of it. Before a cell runs, a simulation predicts it from step 
     python3 batch_experiment.py --json run.jsonl              # Ctrl-C, and later the same line again: it goes on
 """
 
-from config import Config, UserError, check_packages, knob, listed
+from config import LONGEST_WINDOW_MS, Config, UserError, check_packages, knob, listed
 
 if __name__ == "__main__":
     check_packages()
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,6 +41,7 @@ from model import Model, check_fits, generate_batch, load_pair, set_threads
 from tokenizer import Tokenizer
 
 CALIBRATION_STEPS = 8
+KEPT = ("trials", "calibrations", "references", "cold")  # what a run that goes on takes over
 SAME_RUN = ("batch_sizes", "windows_ms", "requests", "max_new_tokens", "prompt_tokens", "prompts", "arrival", "rate",
             "attention", "threads", "seed", "check_window")  # fmt: skip
 
@@ -55,21 +57,27 @@ class BatchConfig(Config):
     prompt_tokens: int = knob(32, "length of the prompts, in tokens; of the longest one where they are mixed", least=1)
     prompts: str = knob("same", "lengths of the prompts: all the same, or a quarter to all", choices=("same", "mixed"))
     arrival: str = knob("burst", "all at once, at random moments, or evenly spaced", choices=KINDS)
-    rate: float = knob(1.0, "requests per second, for poisson and constant arrivals", least=0.001)
+    rate: float = knob(1.0, "requests per second, for poisson and constant arrivals", least=0.001, most=1e6)
     rounds: int = knob(6, "how often every cell runs; six are the fewest for a verdict", least=1, quick=2)
     percentiles: str = knob("95", "percentiles of the latency to print, such as 50,95,99", metavar="P,P,…")
-    check_window: bool = knob(False, "also run at half and at twice the rate at which the window begins to pay")
+    check_window: bool = knob(
+        False, "also run with and without the window, at half and at twice the rate up to which it cannot pay"
+    )
     figure: bool = knob(False, "draw throughput, latency and timelines into results/figures/")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if max(self.sizes) > self.requests:
+        if max(self.sizes) > self.requests and self.windows:  # reading the windows checks them
             raise UserError(
                 f"--requests {self.requests} can never fill a batch of {max(self.sizes)}: raise --requests or lower "
                 "--batch-sizes."
             )
-        if not self.rate < float("inf") or max(self.shown_percentiles) >= 100:
-            raise UserError("--rate must be a finite number, and --percentiles must lie between 1 and 100.")
+        if max(self.shown_percentiles) >= 100:
+            raise UserError("--percentiles must lie between 1 and 100.")
+        if self.check_window and (self.sizes[-1] == 1 or self.windows[-1] == 0):
+            raise UserError("--check-window needs a batch of more than one and a window above 0: see --help.")
+        if self.figure and importlib.util.find_spec("matplotlib") is None:
+            raise UserError("--figure needs matplotlib: pip install -r requirements.txt, or leave it out.")
 
     @property
     def sizes(self) -> list[int]:
@@ -77,7 +85,7 @@ class BatchConfig(Config):
 
     @property
     def windows(self) -> list[float]:
-        return sorted(listed(self.windows_ms, "--windows-ms", float, least=0))
+        return sorted(listed(self.windows_ms, "--windows-ms", float, least=0, most=LONGEST_WINDOW_MS))
 
     @property
     def shown_percentiles(self) -> list[float]:
@@ -100,6 +108,7 @@ class Sweep:
         self.served = Served(self.answer, model.net)
         self.lengths = lengths(config.prompts, config.prompt_tokens, config.requests)
         self.prompts = [exact(tokenizer.codec.encode, n, i) for i, n in enumerate(self.lengths)]
+        self.longest = sorted(self.prompts, key=len, reverse=True)
         self.fit_sizes = fit_sizes(config.sizes)
         self.usage_uuid = gpu_uuid(model.device)
 
@@ -113,10 +122,10 @@ class Sweep:
         config = self.config
         return seconds(schedule(config.arrival, config.requests, config.rate, config.seed + round_number))
 
-    def batch_s(self, rows: int, new_tokens: int) -> Stats:
-        """The phases of one batch of the first prompts, outside any batcher."""
+    def one_batch(self, rows: int, new_tokens: int) -> Stats:
+        """The phases of one batch of the longest prompts, outside any batcher."""
         stats: Stats = {}
-        self.answer(self.prompts[:rows], stats, new_tokens)
+        self.answer(self.longest[:rows], stats, min(new_tokens, self.config.max_new_tokens))
         return stats
 
     def warm_up(self) -> dict[str, dict[str, float]]:
@@ -124,7 +133,7 @@ class Sweep:
         found = {}
         sizes = sorted({*self.config.sizes, *self.fit_sizes})
         for rows in console.progress(sizes, len(sizes), "warm-up"):
-            stats = self.batch_s(rows, 3)
+            stats = self.one_batch(rows, 3)
             found[str(rows)] = {"prefill_s": stats["prefill"][0], "step_s": stats["decode"][0]}
         return found
 
@@ -137,9 +146,9 @@ class Sweep:
         """c(b) at this moment: one decode step and one prefill, at the sizes that are kept for fitting."""
         steps, prefills = {}, {}
         for rows in self.fit_sizes:
-            stats = self.batch_s(rows, CALIBRATION_STEPS + 1)
-            steps[rows] = round(median(stats["decode"]), 6)
-            prefills[rows * max(self.lengths[:rows])] = round(stats["prefill"][0], 6)
+            stats = self.one_batch(rows, CALIBRATION_STEPS + 1)
+            steps[str(rows)] = round(median(stats["decode"]), 6)
+            prefills[str(rows * max(self.lengths))] = round(stats["prefill"][0], 6)
         return {"step_s": steps, "prefill_s": prefills}
 
     def cost(self, calibration: dict[str, Any]) -> Cost:
@@ -147,13 +156,22 @@ class Sweep:
         return Cost(*points, self.config.max_new_tokens)
 
     def predict(self, cell: Cell, dues: Sequence[float], cost: Cost) -> dict[str, float]:
-        done = simulate(make_batcher(cell), dues, self.lengths, cost.service_s)
+        formed = 0
+
+        def service_s(batch: Sequence[int]) -> float:
+            nonlocal formed
+            formed += 1
+            return cost.service_s(batch)
+
+        done = simulate(make_batcher(cell), dues, self.lengths, service_s)
         span = max(done) - min(dues)
         mean_latency = sum(d - due for d, due in zip(done, dues, strict=True)) / len(dues)
         return {
             "tokens_per_s": len(dues) * self.config.max_new_tokens / span,
             "mean_latency_s": mean_latency,
-            "makespan_s": span,
+            "batches": formed,
+            "step_s": cost.step(cell[0]),
+            "prefill_s": cost.prefill(cell[0] * max(self.lengths)),
         }
 
     def trial(self, cell: Cell, dues: list[float], probe: ceilings.Probe, cost: Cost) -> Trial:
@@ -205,7 +223,7 @@ def measure(sweep: Sweep, record: dict[str, Any], probe: ceilings.Probe) -> None
                 record["calibrations"].append({"round": number} | calibration)
                 calibrated_for = number
             trial = sweep.trial(cell, sweep.dues(number), probe, sweep.cost(calibration))
-            record["trials"].append({"round": number} | trial)
+            record["trials"].append({"round": number, "run": record["id"]} | trial)
             advance(weight(config, cell))
 
 
@@ -225,8 +243,10 @@ def resumed(config: BatchConfig, model: dict[str, Any], card: dict[str, str]) ->
         same = old.get("script") == "batch_experiment" and old["model"]["hash"] == model["hash"]
         same = same and all(old["config"].get(name) == getattr(config, name) for name in SAME_RUN)
         same = same and old["model"]["dtype"] == model["dtype"] and machine_key(old["card"]) == machine_key(card)
+        same = same and old["card"]["Commit"] == card["Commit"]
         if same:
-            return old if len(old["trials"]) < config.rounds * len(config.cells) else None
+            unfinished = old["partial"] or len(old["trials"]) < config.rounds * len(config.cells)
+            return old if unfinished else None
     return None
 
 
@@ -269,51 +289,82 @@ def main(argv: list[str] | None = None) -> int:
     record |= describe(sweep, tokenizer.template) | {"ceilings": vars(ceiling), "trials": [], "calibrations": []}
     page.show(model_table(record))
     old = resumed(config, record["model"], card)
+    cold = sweep.warm_up()  # a run that goes on is a new process: it begins cold too
     if old:
-        record |= {name: old[name] for name in ("trials", "calibrations", "references", "cold")}
+        record |= {name: old[name] for name in (*KEPT, *(["window"] if "window" in old else []))}
         record["resumed_from"] = old["id"]
         page.show(f"Going on with [{old['id']}]: {len(old['trials'])} trials of it are not run again.", keep=False)
     else:
-        record["cold"] = sweep.warm_up()
+        record["cold"] = cold
         # A batch of one is a request alone: where the sweep has it, its first trial gives the references.
         record["references"] = None if config.sizes[0] == 1 else sweep.alone()
-    run(sweep, record)
-    return report(config, record, page)
+    failure = run(sweep, record, page)
+    status = report(config, record, page)
+    if failure:
+        raise failure  # what was measured before it is printed and saved
+    return status
 
 
-def run(sweep: Sweep, record: dict[str, Any]) -> None:
-    probe = ceilings.Probe(sweep.model.device)
+def run(sweep: Sweep, record: dict[str, Any], page: console.Page) -> Exception | None:
+    """All that is measured. Whatever ends it early, what was measured until then is kept."""
+    probe, config = ceilings.Probe(sweep.model.device), sweep.config
+    failure: Exception | None = None
     try:
         measure(sweep, record, probe)
-        if sweep.config.windows[-1] > 0:
-            cost, largest = sweep.cost(record["calibrations"][-1]), sweep.config.cells[-1]
-            record["window"] = batch_window.break_even(make_batcher, cost, *largest, sweep.lengths)
-            if sweep.config.check_window:
-                check_window(sweep, record, probe)
+        if config.sizes[-1] > 1 and config.windows[-1] > 0:
+            if "window" not in record:
+                record["window"] = batch_window.break_even(
+                    make_batcher, usual_cost(sweep, record), *config.cells[-1], sweep.lengths
+                )
+            if config.check_window:
+                check_window(sweep, record, probe, page)
     except KeyboardInterrupt:
         record["partial"] = True
+    except Exception as error:
+        record["partial"], failure = True, error
     if not record["trials"]:
-        raise KeyboardInterrupt  # nothing was measured
+        raise failure or KeyboardInterrupt  # nothing was measured
+    return failure
 
 
-def check_window(sweep: Sweep, record: dict[str, Any], probe: ceilings.Probe) -> None:
+def usual_cost(sweep: Sweep, record: dict[str, Any]) -> Cost:
+    """The median of the rounds' calibrations."""
+    kinds = {
+        name: {
+            point: median(c[name][point] for c in record["calibrations"]) for point in record["calibrations"][0][name]
+        }
+        for name in ("step_s", "prefill_s")
+    }
+    return sweep.cost(kinds)
+
+
+def check_window(sweep: Sweep, record: dict[str, Any], probe: ceilings.Probe, page: console.Page) -> None:
     """Run the largest batch with and without the window, at half and at twice the rate below which it cannot pay."""
     config, found = sweep.config, record["window"]
-    found["check"], size = [], config.sizes[-1]
+    if found["cannot_pay_below"] is None:
+        page.show("No rate was found up to which the window cannot pay, so there is none to check.")
+        return
     rates, windows = (found["cannot_pay_below"] / 2, found["cannot_pay_below"] * 2), (0.0, config.windows[-1])
+    check = found.setdefault("check", [])
+    done = {(trial["round"], trial["rate"], trial["window_ms"]) for trial in check}
     todo = [
-        (number, rate, window)
-        for number in range(config.rounds)
+        (turn, rate, window)
+        for turn in range(config.rounds)
         for rate in rates
-        for window in (windows if number % 2 == 0 else reversed(windows))
+        for window in (windows if turn % 2 == 0 else reversed(windows))
+        if (turn, rate, window) not in done
     ]
+    minutes = sum(config.requests / rate for _, rate, _ in todo) / 60
+    page.show(
+        f"Checking the window at {rates[0]:.2f} and {rates[1]:.2f} requests/s: about {minutes:.0f} minutes.", False
+    )
     calibration = {"round": None}
     for turn, rate, window in console.progress(todo, len(todo), "window check"):
         if calibration["round"] != turn:
             calibration = {"round": turn} | sweep.calibrate()
         dues = seconds(schedule("poisson", config.requests, rate, config.seed + turn))
-        trial = sweep.trial((size, window), dues, probe, sweep.cost(calibration))
-        found["check"].append({"round": turn, "rate": rate} | trial)
+        trial = sweep.trial((config.sizes[-1], window), dues, probe, sweep.cost(calibration))
+        check.append({"round": turn, "rate": rate, "run": record["id"]} | trial)
 
 
 def report(config: BatchConfig, record: dict[str, Any], page: console.Page) -> int:
@@ -323,7 +374,10 @@ def report(config: BatchConfig, record: dict[str, Any], page: console.Page) -> i
     record["verdicts"] = batch_words.sentences(record)
     sections = batch_tables.sections(record, config.shown_percentiles)
     if config.figure:
-        sections.append(batch_plots.draw(record))
+        try:
+            sections.append(batch_plots.draw(record))
+        except OSError as error:
+            console.warn(f"the figures could not be written ({error}): make room and run again with --figure.")
     for warning in batch_words.warnings(record):
         console.warn(warning)
     return console.conclude(config, record, page, sections)

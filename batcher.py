@@ -9,7 +9,7 @@ The price is the waiting, and that a batch ends for all its members at once.
     python3 batch_experiment.py                          # what it buys, and who pays
 """
 
-from config import ModelConfig, check_packages, knob
+from config import LONGEST_WINDOW_MS, ModelConfig, check_packages, knob
 
 if __name__ == "__main__":
     check_packages()
@@ -53,6 +53,7 @@ class Batch:
     """A batch that ran. Moments are readings of the batcher's clock, in seconds.
 
     free_since_s: since when the worker had nothing to do. padding: positions that were computed for no request.
+    refused: members whose own answer was an exception.
     """
 
     id: int
@@ -62,6 +63,7 @@ class Batch:
     started_s: float
     finished_s: float
     padding: int | None
+    refused: int
     failed: str | None
 
     def queue_waits_s(self) -> list[float]:
@@ -83,6 +85,7 @@ class Batch:
                 "window_wait_s": [round(wait, 6) for wait in self.window_waits_s()],
                 "execution_s": round(self.finished_s - self.started_s, 6),
                 "padding": self.padding,
+                "refused": self.refused,
                 "failed": self.failed,
             }
         )
@@ -126,10 +129,10 @@ class DynamicBatcher:
         clock: Callable[[], float] = time.perf_counter,
         start: bool = True,
     ) -> None:
-        if max_batch_size < 1 or max_queue < 1 or not max_wait_s >= 0:
+        if max_batch_size < 1 or max_queue < 1 or not 0 <= max_wait_s <= threading.TIMEOUT_MAX:
             raise ValueError(
-                f"a batcher needs room for a request and a window of 0 s or more: max_batch_size={max_batch_size}, "
-                f"max_queue={max_queue}, max_wait_s={max_wait_s}"
+                "a batcher needs room for a request and a finite window of 0 s or more: "
+                f"max_batch_size={max_batch_size}, max_queue={max_queue}, max_wait_s={max_wait_s}"
             )
         self.generate, self.length, self.on_batch, self.clock = generate, length, on_batch, clock
         self.max_batch_size, self.max_wait_s, self.max_queue = max_batch_size, max_wait_s, max_queue
@@ -188,11 +191,14 @@ class DynamicBatcher:
         long as generate does. Called again, or from inside a batch, it does no harm.
         """
         self.refuse(waiting_too=not drain)
-        if self.server is None:
+        with self.changed:
+            driven = self.server is None  # nobody serves, and from here on nobody will
+            self.server = self.server or threading.current_thread()
+        if driven:
             while self.run_next():
                 pass
-            return True
-        if self.server is not threading.current_thread():
+            self.ended.set()
+        elif self.server is not threading.current_thread():
             self.ended.wait(timeout_s)
             if self.thread and self.ended.is_set():
                 self.thread.join()
@@ -242,7 +248,12 @@ class DynamicBatcher:
 
     def serve(self) -> None:
         """Run batches on this thread until the batcher is closed and, where it drains, empty."""
-        self.server = threading.current_thread()
+        with self.changed:
+            if self.ended.is_set():
+                return
+            if self.server not in (None, threading.current_thread()):
+                raise RuntimeError("another thread serves this batcher already")
+            self.server = threading.current_thread()
         try:
             while self.wait_until_due():
                 self.run_next()
@@ -264,10 +275,16 @@ class DynamicBatcher:
 
     def run_next(self) -> bool:
         """Run the next batch at once, whatever the window says. False when nobody waited."""
-        with self.changed:
-            taken = self.take()
-        if taken:
-            self.run(taken)
+        taken: list[Waiting] = []
+        try:
+            with self.changed:
+                taken = self.take()
+            if taken:
+                self.run(taken)
+        finally:
+            for waiting in taken:  # Ctrl-C may strike anywhere: nobody is left waiting for an answer that never comes
+                if not waiting.future.done():
+                    waiting.future.set_exception(BatcherClosed("interrupted while this request's batch ran"))
         return bool(taken)
 
     def run(self, taken: list[Waiting]) -> None:
@@ -278,21 +295,25 @@ class DynamicBatcher:
                 raise RuntimeError(f"generate returned {len(answers)} answers for {len(taken)} requests")
         except BaseException as error:  # SystemExit too: the thread must live for the next batch
             answers, failed = [error] * len(taken), f"{type(error).__name__}: {error}"
-            interrupt = error if isinstance(error, KeyboardInterrupt) else None
+            interrupt = error if isinstance(error, KeyboardInterrupt) and self.thread is None else None
         finished = self.clock()
         for waiting, answer in zip(taken, answers, strict=True):
             if isinstance(answer, BaseException):
                 waiting.future.set_exception(answer)
             else:
                 waiting.future.set_result(answer)
-        self.report(taken, started, finished, failed)
+        refused = [isinstance(answer, Exception) and failed is None for answer in answers]
+        self.report(taken, started, finished, failed, refused)
         self.free_since_s = self.clock()
         if interrupt:  # Ctrl-C reaches the main thread only, and there it belongs to whoever called serve()
             raise interrupt
 
-    def report(self, taken: list[Waiting], started: float, finished: float, failed: str | None) -> None:
+    def report(
+        self, taken: list[Waiting], started: float, finished: float, failed: str | None, refused: list[bool]
+    ) -> None:
         try:
-            lengths = [self.length(waiting.request) for waiting in taken] if self.length else []
+            computed = [waiting for waiting, out in zip(taken, refused, strict=True) if not out]
+            lengths = [self.length(waiting.request) for waiting in computed] if self.length else []
             batch = Batch(
                 id=self.batches,
                 members=tuple(waiting.number for waiting in taken),
@@ -301,6 +322,7 @@ class DynamicBatcher:
                 started_s=started,
                 finished_s=finished,
                 padding=len(lengths) * max(lengths) - sum(lengths) if lengths else None,
+                refused=sum(refused),
                 failed=failed,
             )
             self.batches += 1
@@ -315,9 +337,11 @@ class DynamicBatcher:
 @dataclass(frozen=True)
 class DemoConfig(ModelConfig):
     max_batch_size: int = knob(4, "requests in a batch at most", least=1)
-    max_wait_ms: float = knob(10.0, "the window: how long the first request waits for others", least=0.0)
+    max_wait_ms: float = knob(
+        10.0, "the window: how long the first request waits for others", least=0.0, most=LONGEST_WINDOW_MS
+    )
     requests: int = knob(12, "requests that arrive", least=1, quick=6)
-    rate: float = knob(3.0, "requests per second, at random moments (Poisson)", least=0.01)
+    rate: float = knob(3.0, "requests per second, at random moments (Poisson)", least=0.01, most=1e6)
     max_new_tokens: int = knob(16, "new tokens of each request at most", least=1, quick=8)
     json: bool = knob(False, "print the structured log lines instead, one JSON object a batch")
 

@@ -23,6 +23,7 @@ DEVICE = "auto"  # cuda, else mps, else cpu
 DTYPE = "auto"  # float32 on a CPU; bfloat16 or float16 on a GPU
 PROMPT = "Explain why batching improves GPU utilization."
 MAX_NEW_TOKENS = 50
+LONGEST_WINDOW_MS = 3.6e6  # an hour
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "tabulate", "psutil", "pynvml", "gguf", "tqdm", "filelock")
@@ -49,7 +50,7 @@ class Settings:
     def __post_init__(self) -> None:
         for f in fields(self):
             value, least = getattr(self, f.name), f.metadata.get("least")
-            if least is not None and value < least:
+            if least is not None and not value >= least:
                 raise UserError(f"--{dashed(f.name)} must be at least {least}, and is {value}.")
             if "most" in f.metadata and value > f.metadata["most"]:
                 raise UserError(f"--{dashed(f.name)} must be at most {f.metadata['most']}, and is {value}.")
@@ -213,7 +214,7 @@ def flag_or_env(f) -> str:
     return f"--{dashed(f.name)}" + (f" (or {env})" if env else "")
 
 
-def listed(text: str, flag: str, kind: type = int, least: float = 1) -> list:
+def listed(text: str, flag: str, kind: type = int, least: float = 1, most: float = 1e9) -> list:
     """The numbers of a comma-separated value, each once, in the order given. UserError."""
     try:
         values = [kind(part) for part in text.split(",")]
@@ -224,8 +225,8 @@ def listed(text: str, flag: str, kind: type = int, least: float = 1) -> list:
     low = next((value for value in values if not value >= least), None)
     if low is not None:
         raise UserError(f"{flag} takes numbers of at least {least}, and {low} is among them.")
-    if max(values) == float("inf"):
-        raise UserError(f"{flag} takes finite numbers, not {text!r}.")
+    if max(values) > most:
+        raise UserError(f"{flag} takes numbers up to {most:g}, and {max(values)} is among them.")
     return list(dict.fromkeys(values))
 
 

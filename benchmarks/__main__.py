@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     records.check_writable(config, "benchmarks")
     model, _, prompt = load(config)
     card, page = hardware_card(model.device), console.Page(silent=config.json == "-")
-    record = records.new_record("benchmarks", "day1-claims", config, card)
+    record = records.new_record("benchmarks", "claims", config, card)
     record |= {"model": model.description(), "prompt": config.prompt, "prompt_tokens": len(prompt),
-               "batch_policy": "one request at a time", "kv_cache": "on", "gpu_utilisation": "not sampled"}  # fmt: skip
+               "batch_policy": "as each claim says", "kv_cache": "on", "gpu_utilisation": "not sampled"}  # fmt: skip
     del model
     page.show("# Benchmarks: what this kit claims, measured here\n\n" + card_table(card), keep=False)
     found: list[Claim] = []

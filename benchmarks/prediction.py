@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from benchmarks.claim import Claim
-from config import ROOT, PromptConfig
+from config import ROOT, PromptConfig, UserError
 from lab.batch_figures import cells, prediction_errors, scored
 
 THROUGHPUT, LATENCY = 0.10, 0.15
@@ -14,10 +14,11 @@ THROUGHPUT, LATENCY = 0.10, 0.15
 def sweep(config: PromptConfig) -> dict:
     """The record of a short run of batch_experiment.py, as a user would start it."""
     words = ["--model", config.model or "smollm2", "--device", config.device, "--dtype", config.dtype, "--json", "-",
+             "--threads", str(config.threads), "--attention", config.attention, "--seed", str(config.seed),
              "--requests", "8", "--max-new-tokens", "16", "--rounds", "2" if config.quick else "4"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "batch_experiment.py", *words], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "batch_experiment.py", *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"batch_experiment.py failed, so no prediction was checked: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout)
 
 

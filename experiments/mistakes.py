@@ -30,7 +30,7 @@ from lab import console, records
 from lab.card import hardware_card
 from lab.request_tables import quoted
 from metrics import Stats, ms, number, synchronize, table, timed
-from model import Model, decode_step, ids_tensor, load, prefill
+from model import Model, check_fits, decode_step, ids_tensor, load, prefill
 
 NAMES = ("cold", "unsynced", "folded", "order", "exec-only", "mean-of-p95")
 Finding = tuple[list[tuple], list[str]]  # rows: figure, wrong, right, wrong / right; and sentences
@@ -154,13 +154,16 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, prompt = load(config)
     ids = ids_tensor([prompt]).to(model.device)
     take, tell = (MISTAKES | BATCHED)[config.mistake]
-    batched = config.mistake in BATCHED
     samples: list[Any] = []
     page, partial = console.Page(silent=config.json == "-"), False
     card = hardware_card(model.device)
+    batched = config.mistake in BATCHED
+    asked = batch_mistakes.PROMPTS if batched else config.prompt
+    prompt_tokens = batch_mistakes.PROMPT_TOKENS if batched else len(prompt)
+    check_fits(model, prompt_tokens, config.max_new_tokens)
     page.show(
         f"# The mistake: {config.mistake}\n\n{model.name}, {model.place.dtype_name} on {model.device.type}, "
-        f"{len(prompt)} prompt tokens ({tokenizer.template}): {quoted(config.prompt)}",
+        f"{prompt_tokens} prompt tokens{'' if batched else f' ({tokenizer.template})'}: {quoted(asked)}",
         keep=False,
     )
     try:
@@ -174,8 +177,8 @@ def main(argv: list[str] | None = None) -> int:
     record = records.new_record("mistakes", f"mistake-{config.mistake}", config, card)
     record |= {
         "model": model.description(),
-        "prompt": config.prompt,
-        "prompt_tokens": len(prompt),
+        "prompt": asked,
+        "prompt_tokens": prompt_tokens,
         "samples": samples,
         "partial": partial,
         "batch_policy": "as the mistake's table says" if batched else "one request at a time",

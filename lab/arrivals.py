@@ -42,6 +42,7 @@ class OpenLoop:
         self.sent_s: list[float] = []
         self.done_s: list[float | None] = [None] * len(dues_s)
         self.futures: list[Future] = []
+        self.error: Exception | None = None
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.loop, name="open loop")
 
@@ -50,20 +51,28 @@ class OpenLoop:
         self.thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.stop.set()
         for future in self.futures:
             future.cancel()  # does nothing to those that are answered
         self.thread.join()
+        if self.error and kind is None:
+            raise self.error
 
     def loop(self) -> None:
+        try:
+            self.send_all()
+        except Exception as error:  # the other side closed, or its queue is full: the caller learns it in __exit__
+            self.error = error
+        for future in self.futures:
+            with suppress(CancelledError):
+                future.exception()  # waits until it is settled, whichever way
+        self.then()
+
+    def send_all(self) -> None:
         for i, due in enumerate(self.dues_s):
             if self.stop.wait(max(self.start_s + due - time.perf_counter(), 0)):
                 break
             self.sent_s.append(time.perf_counter())
             self.futures.append(self.send(i))
             self.futures[i].add_done_callback(lambda _, i=i: self.done_s.__setitem__(i, time.perf_counter()))
-        for future in self.futures:
-            with suppress(CancelledError):
-                future.exception()  # waits until it is settled, whichever way
-        self.then()

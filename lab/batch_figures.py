@@ -109,22 +109,37 @@ def fill(trial: Trial) -> float:
     return mean(len(batch["members"]) / trial["batch_size"] for batch in trial["batches"])
 
 
+def tokens_conserved(trial: Trial) -> bool:
+    """What the network computed = what the requests needed + what the batcher says it padded."""
+    padding = sum(batch["padding"] for batch in trial["batches"])
+    return trial["computed_positions"] == trial["useful_positions"] + padding
+
+
+def latest_s(trial: Trial) -> float:
+    """How late the sender was at worst: whether the load was really the one asked for."""
+    return max(sent - due for sent, due in zip(trial["sent_s"], trial["due_s"], strict=True))
+
+
+def full_batches(trial: Trial) -> list[dict[str, Any]]:
+    return [batch for batch in trial["batches"] if len(batch["members"]) == trial["batch_size"]]
+
+
 def padding_share(trial: Trial) -> float:
     """The share of all positions that the network computed for no request."""
     return 1 - trial["useful_positions"] / trial["computed_positions"]
 
 
 def machine_s(trial: Trial) -> dict[str, float]:
-    """Where the worker's time went, for each request: phases, waiting for the window, nothing to do, the rest."""
+    """Where the worker's time went, for each request: phases, waiting for the window, nobody there, the rest.
+
+    All but the rest are measured on their own; the rest is what the whole holds beyond them.
+    """
     n, batches = len(trial["due_s"]), trial["batches"]
-    window = sum(max(batch["window_wait_s"]) for batch in batches)
-    ends = [min(trial["due_s"]), *(batch["finished_s"] for batch in batches)]
-    gaps = sum(batch["started_s"] - end for batch, end in zip(batches, ends[:-1], strict=True))
     phases = {
         "prefill": sum(batch["prefill_s"] for batch in batches),
         "decode": sum(sum(batch["decode_s"]) for batch in batches),
-        "window": window,
-        "no request": max(gaps - window, 0.0),
+        "window": sum(max(batch["window_wait_s"]) for batch in batches),
+        "no request": sum(batch["idle_s"] for batch in batches),
     }
     return {name: value / n for name, value in phases.items()} | {
         "rest": (makespan_s(trial) - sum(phases.values())) / n
@@ -141,19 +156,23 @@ def passes_per_token(trial: Trial) -> float:
 
 def compared(record: Record, a: Cell, b: Cell, figure: Callable[[Trial], float]) -> Verdict:
     """Cell a against cell b by a figure in seconds, paired by round."""
-    found = cells(record)
-    rounds_a, rounds_b = ({trial["round"]: trial for trial in found.get(cell, [])} for cell in (a, b))
-    shared = sorted(rounds_a.keys() & rounds_b.keys())
+    pairs = paired(record, a, b)
+    usual = median(trial["anchor_s"] for trial in record["trials"])
     return verdict(
-        [figure(rounds_a[r]) for r in shared],
-        [figure(rounds_b[r]) for r in shared],
-        anchors=[round_anchor_s(record, r) for r in shared] or None,
+        [figure(ours) for ours, _ in pairs],
+        [figure(theirs) for _, theirs in pairs],
+        # of the two anchors of a pair the one that is further off: a round counts only if both trials were undisturbed
+        anchors=[max((one["anchor_s"] for one in pair), key=lambda s: abs(s / usual - 1)) for pair in pairs] or None,
         factors=[name for name, x, y in zip(("batch size", "window"), a, b, strict=True) if x != y],
     )
 
 
-def round_anchor_s(record: Record, number: int) -> float:
-    return mean(trial["anchor_s"] for trial in record["trials"] if trial["round"] == number)
+def paired(record: Record, a: Cell, b: Cell) -> list[tuple[Trial, Trial]]:
+    """The trials of both cells, round by round. A round that an interruption split is left out: hours lie between."""
+    found = cells(record)
+    theirs = {(trial["round"], trial["run"]): trial for trial in found.get(b, [])}
+    ours = found.get(a, [])
+    return [(one, theirs[one["round"], one["run"]]) for one in ours if (one["round"], one["run"]) in theirs]
 
 
 def baseline(record: Record, cell: Cell) -> Cell:
@@ -165,14 +184,9 @@ def pooled_latencies_s(trials: Sequence[Trial]) -> list[float]:
     return [latency for trial in trials for latency in latencies_s(trial)]
 
 
-def independent_requests(record: Record, trials: Sequence[Trial]) -> int:
-    """How many samples a percentile really has. Every round of a fixed schedule repeats the same requests."""
-    n = record["config"]["requests"]
-    return n * len(trials) if record["config"]["arrival"] == "poisson" else n
-
-
-def certified_percentile(record: Record, trials: Sequence[Trial], p: float) -> bool:
-    return certified(independent_requests(record, trials), p)
+def certified_percentile(record: Record, p: float) -> bool:
+    """By the requests of one round. Another round repeats the same burst, or begins with an empty queue again."""
+    return certified(record["config"]["requests"], p)
 
 
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float] | None:

@@ -15,9 +15,9 @@ from lab.batch_figures import (
     compared,
     conserved,
     fill,
-    independent_requests,
     interval_of_mean,
     latencies_s,
+    latest_s,
     little_off,
     machine_s,
     makespan_s,
@@ -32,12 +32,18 @@ from lab.batch_figures import (
     residuals_s,
     same_tokens,
     scored,
+    step_curve,
     step_line,
+    tokens_conserved,
     tokens_per_s,
 )
 from lab.verdict import Verdict
 from metrics import NONE, ms, number, percentile, span, table
 
+OPEN_LOOP = (
+    "Opening and drain are inside: every round begins and ends with an empty queue. While the machine keeps up, the "
+    "throughput is only the rate at which requests came."
+)
 CELL = [("Batch Size", "right"), ("Wait Window (ms)", "right")]
 
 
@@ -77,6 +83,7 @@ def owners_table(record: Record, percentiles: Sequence[float]) -> str:
         f"{arrivals_of(record)}\n\n" + table(columns, rows) + "\n\n"
         "Latency: from due to done, so waiting in the queue counts. Average and interval: over the rounds' means "
         "(Student's t). Throughput: the median round. Percentiles: nearest rank over all rounds' requests."
+        + ("" if config["arrival"] == "burst" else " " + OPEN_LOOP)
     )
 
 
@@ -88,9 +95,9 @@ def arrivals_of(record: Record) -> str:
 
 def notes(record: Record, trials: Sequence[Trial], percentiles: Sequence[float]) -> list[str]:
     found = [f"{len(trials)} rounds"]
-    weak = [f"P{p:g}" for p in percentiles if not certified_percentile(record, trials, p)]
+    weak = [f"P{p:g}" for p in percentiles if not certified_percentile(record, p)]
     if weak:
-        found.append(f"{', '.join(weak)} not certified (n={independent_requests(record, trials)})")
+        found.append(f"{', '.join(weak)} not certified (n={record['config']['requests']} a round)")
     if not same_tokens(record, trials):
         found.append("TOKENS DIFFER: speed-up void")
     return found
@@ -178,6 +185,7 @@ def laws_table(record: Record) -> str:
         )
         off = max(map(little_off, trials), key=abs)
         computed, useful = (sum(t[f"{name}_positions"] for t in trials) for name in ("computed", "useful"))
+        padding = sum(batch["padding"] for trial in trials for batch in trial["batches"])
         rows.append(
             (
                 *head(cell),
@@ -185,18 +193,21 @@ def laws_table(record: Record) -> str:
                 "holds" if all(map(conserved, trials)) else "BROKEN",
                 f"{off:+.2%}",
                 "holds" if abs(off) <= 0.05 else "BROKEN",
-                f"{computed:,} = {useful:,} + {computed - useful:,}",
+                f"{computed:,} = {useful:,} + {padding:,}",
+                "holds" if all(map(tokens_conserved, trials)) else "BROKEN",
                 "equal" if same_tokens(record, trials) else "DIFFER",
             )
         )
     columns = [*CELL, ("largest residual ms", "right"), ("conservation", "left"),
                ("in flight / (rate × latency)", "right"), ("Little", "left"),
-               ("positions: computed = useful + padding", "right"), ("tokens against alone", "left")]  # fmt: skip
+               ("positions: computed = useful + padding", "right"), ("tokens", "left"),
+               ("answers", "left")]  # fmt: skip
     return (
         "### Laws\n\n" + table(columns, rows) + "\n\n"
         "Conservation: late + queue wait + prefill + decode = latency, within 2 % or 1 ms for every request. Little: "
         "the mean in flight by the batcher's own counter against the caller's stamps, within 5 % (the worst round). "
-        "Positions are counted at the network's door."
+        "Positions: counted at the network's door = needed by the requests + padded by the batcher's log. Answers: "
+        f"those of each request alone. The sender was at worst {ms(max(map(latest_s, record['trials'])), 2)} ms late."
     )
 
 
@@ -282,11 +293,21 @@ def step_table(record: Record) -> str:
 
 def knee_line(record: Record) -> str:
     line = step_line(record)
-    said = f"The line: {ms(line.start)} ms that all rows share + {ms(line.slope, 2)} ms a row. "
+    curve = step_curve(record)
+    if len(curve) < 2:
+        return "One size only: no line, and no knee."
+    worst = max(abs((line.start + line.slope * b) / seconds - 1) for b, seconds in curve.items())
+    said = (
+        f"The line: {ms(line.start)} ms that all rows share + {ms(line.slope, 2)} ms a row, at most {worst:.0%} off "
+        "what was measured. "
+    )
+    if line.start <= 0:
+        return said + "No shared part was found: rows cost from the first one on, and batching buys nothing here."
     if line.slope <= 0:
-        return said + "A row costs nothing that could be measured here: the knee lies beyond these sizes."
+        return said + "A row costs nothing that could be measured: the knee lies beyond these sizes."
     knee = line.start / line.slope
-    return said + f"The knee, where the rows together cost as much as what they share, is at about {knee:.0f} rows."
+    where = f", beyond the sizes seen (up to {max(curve)})" if knee > max(curve) else ""
+    return said + f"The knee, where the rows together cost as much as what they share: about {knee:.0f} rows{where}."
 
 
 def window_table(record: Record) -> str:
@@ -306,12 +327,24 @@ def window_table(record: Record) -> str:
     return text + ("\n\n" + check_table(found) if "check" in found else "")
 
 
+def decided(interval: tuple[float, float] | None, predicted: Sequence[float]) -> str:
+    if interval is None:
+        return "NO VERDICT: more rounds are needed"
+    low, high = interval
+    if low > 0 or high < 0:
+        return "a window DELAYS" if low > 0 else "a window HELPS"
+    inside = low <= mean(predicted) <= high
+    needed = ((high - low) / 2 / max(abs(mean(predicted)), 1e-4)) ** 2
+    return f"NO VERDICT: the prediction lies {'in' if inside else 'OUTSIDE'} the interval; ×{needed:,.0f} the rounds"
+
+
 def between_ms(interval: tuple[float, float] | None, digits: int) -> str:
     """An interval whose ends may be negative."""
     return NONE if interval is None else "[{:+,.{d}f}, {:+,.{d}f}]".format(*(1e3 * end for end in interval), d=digits)
 
 
 def check_table(found: dict) -> str:
+    """Measured differences with their intervals; what they cannot decide says how many rounds might."""
     rows = []
     for rate in sorted({trial["rate"] for trial in found["check"]}):
         by_window = {
@@ -323,7 +356,8 @@ def check_table(found: dict) -> str:
         predicted = [b["predicted"]["mean_latency_s"] - a["predicted"]["mean_latency_s"] for a, b in pairs]
         if pairs:
             means = (f"{mean(values) * 1e3:+,.0f}" for values in (predicted, measured))
-            rows.append((number(rate, 2), len(pairs), *means, between_ms(interval_of_mean(measured), 0)))
+            interval = interval_of_mean(measured)
+            rows.append((number(rate, 2), len(pairs), *means, between_ms(interval, 0), decided(interval, predicted)))
     columns = [("requests/s", "right"), ("rounds", "right"), ("predicted: a window adds ms", "right"),
-               ("measured", "right"), ("95 % interval", "right")]  # fmt: skip
+               ("measured", "right"), ("95 % interval", "right"), ("", "left")]  # fmt: skip
     return "Checked by running, the same arrivals with and without the window:\n\n" + table(columns, rows)

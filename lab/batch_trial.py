@@ -86,6 +86,7 @@ def as_row(batch: Any, stats: Stats, zero: float) -> dict[str, Any]:
         "members": list(batch.members),
         "enqueued_s": seconds(moment - zero for moment in batch.enqueued_s),
         "window_wait_s": seconds(batch.window_waits_s()),
+        "idle_s": round(max(batch.enqueued_s[0] - max(batch.free_since_s, zero), 0.0), 6),
         "started_s": round(batch.started_s - zero, 6),
         "finished_s": round(batch.finished_s - zero, 6),
         "padding": batch.padding,

@@ -74,7 +74,8 @@ def test_the_log_line_tells_waits_size_time_and_padding():
     batcher.run_next()  # at 105
     first, second = (json.loads(batch.line()) for batch in lines)
     assert first == {"event": "batch", "batch": 0, "size": 2, "requests": [0, 1], "queue_wait_s": [3.0, 2.0],
-                     "window_wait_s": [3.0, 2.0], "execution_s": 2.0, "padding": 2, "failed": None}  # fmt: skip
+                     "window_wait_s": [3.0, 2.0], "execution_s": 2.0, "padding": 2, "refused": 0,
+                     "failed": None}  # fmt: skip
     # A full batch was waiting before the third: what it waits is the load, not the window.
     assert (second["queue_wait_s"], second["window_wait_s"], second["padding"]) == ([3.0], [0.0], 0)
 
@@ -98,7 +99,8 @@ def test_an_answer_that_is_an_exception_fails_its_own_request_only():
     futures = [batcher.submit(i) for i in range(3)]
     batcher.run_next()
     assert isinstance(futures[1].exception(), KeyError)
-    assert (futures[0].result(), futures[2].result(), batches[0].failed) == (0, 2, None)
+    assert (futures[0].result(), futures[2].result()) == (0, 2)
+    assert (batches[0].failed, batches[0].refused) == (None, 1)
 
 
 def test_too_few_answers_fail_the_batch_instead_of_handing_out_wrong_ones():
@@ -147,7 +149,9 @@ def test_closing_without_draining_fails_those_who_wait_and_draining_answers_them
     assert waiting.result() == "a"
 
 
-@pytest.mark.parametrize(("size", "window", "queue"), [(0, 1, 1), (1, -0.1, 1), (1, float("nan"), 1), (1, 1, 0)])
+@pytest.mark.parametrize(
+    ("size", "window", "queue"), [(0, 1, 1), (1, -0.1, 1), (1, float("nan"), 1), (1, float("inf"), 1), (1, 1, 0)]
+)
 def test_impossible_policies_are_refused(size, window, queue):
     with pytest.raises(ValueError, match="a batcher needs room"):
         DynamicBatcher(list, size, window, queue, start=False)
@@ -354,6 +358,22 @@ def test_a_worker_outlives_sys_exit_and_a_broken_log():
 
     with DynamicBatcher(generate, 1, 0, on_batch=broken) as batcher:
         assert isinstance(batcher.submit("exit").exception(timeout=5), SystemExit)
+        assert batcher.submit("b").result(timeout=5) == "b"
+
+
+def test_a_second_server_is_refused():
+    with DynamicBatcher(list, 1, 0) as batcher, pytest.raises(RuntimeError, match="another thread serves"):
+        batcher.serve()
+
+
+def test_a_keyboard_interrupt_of_generate_itself_does_not_end_the_batchers_own_thread():
+    def generate(batch):
+        if batch == ["a"]:
+            raise KeyboardInterrupt
+        return batch
+
+    with DynamicBatcher(generate, 1, 0) as batcher:
+        assert isinstance(batcher.submit("a").exception(timeout=5), KeyboardInterrupt)
         assert batcher.submit("b").result(timeout=5) == "b"
 
 

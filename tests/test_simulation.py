@@ -93,6 +93,20 @@ def test_a_window_costs_its_length_where_nobody_comes_within_it():
     assert found["cannot_pay_below"] > first["rate"]
 
 
+def test_an_open_loop_whose_send_fails_ends_and_says_so():
+    ended = threading.Event()
+
+    def send(i):
+        if i == 1:
+            raise RuntimeError("the queue is full")
+        future = Future()
+        future.set_result(None)
+        return future
+
+    with pytest.raises(RuntimeError, match="queue is full"), OpenLoop([0.0, 0.0], send, then=ended.set):
+        assert ended.wait(5)
+
+
 def test_an_open_loop_sends_at_its_moments_and_settles_when_it_is_left_early():
     futures = [Future() for _ in range(3)]
     sent, ended = [], threading.Event()
