@@ -40,7 +40,7 @@ from metrics import Stats, number
 from model import Model, check_fits, generate_batch, load_pair, set_threads
 from tokenizer import Tokenizer
 
-CALIBRATION_STEPS = 8
+CALIBRATION_STEPS = 6
 KEPT = ("trials", "calibrations", "references", "cold")  # what a run that goes on takes over
 SAME_RUN = ("batch_sizes", "windows_ms", "requests", "max_new_tokens", "prompt_tokens", "prompts", "arrival", "rate",
             "attention", "threads", "seed", "check_window")  # fmt: skip
@@ -54,7 +54,7 @@ class BatchConfig(Config):
     max_new_tokens: int = knob(
         32, "new tokens of each request; end tokens are ignored, so all get them", least=2, quick=8
     )
-    prompt_tokens: int = knob(32, "length of the prompts, in tokens; of the longest one where they are mixed", least=1)
+    prompt_tokens: int = knob(16, "length of the prompts, in tokens; of the longest one where they are mixed", least=1)
     prompts: str = knob("same", "lengths of the prompts: all the same, or a quarter to all", choices=("same", "mixed"))
     arrival: str = knob("burst", "all at once, at random moments, or evenly spaced", choices=KINDS)
     rate: float = knob(1.0, "requests per second, for poisson and constant arrivals", least=0.001, most=1e6)
@@ -111,6 +111,7 @@ class Sweep:
         self.longest = sorted(self.prompts, key=len, reverse=True)
         self.fit_sizes = fit_sizes(config.sizes)
         self.usage_uuid = gpu_uuid(model.device)
+        self.last_look: ceilings.Anchor | None = None  # the look after a trial is also the one before the next
 
     def answer(self, prompts: Sequence[list[int]], stats: Stats, new_tokens: int | None = None) -> list:
         """No end tokens are given, so that all answers have the same length."""
@@ -144,7 +145,7 @@ class Sweep:
 
     def calibrate(self) -> dict[str, Any]:
         """c(b) at this moment: one decode step and one prefill, at the sizes that are kept for fitting."""
-        steps, prefills = {}, {}
+        steps, prefills, self.last_look = {}, {}, None
         for rows in self.fit_sizes:
             stats = self.one_batch(rows, CALIBRATION_STEPS + 1)
             steps[str(rows)] = round(median(stats["decode"]), 6)
@@ -177,10 +178,10 @@ class Sweep:
     def trial(self, cell: Cell, dues: list[float], probe: ceilings.Probe, cost: Cost) -> Trial:
         """One cell: predicted, then run between two looks at the machine."""
         predicted, usage = self.predict(cell, dues, cost), Usage()
-        before = probe.anchor(self.model.place.dtype, self.gemm_size)
+        before = self.last_look or probe.anchor(self.model.place.dtype, self.gemm_size)
         with Sampler(usage, self.usage_uuid):
             trial = run_trial(DynamicBatcher, self.served, self.prompts, cell, dues)
-        after = probe.anchor(self.model.place.dtype, self.gemm_size)
+        self.last_look = after = probe.anchor(self.model.place.dtype, self.gemm_size)
         return trial | {
             "predicted": predicted,
             "usage": usage.summary(),

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from config import ModelConfig, PromptConfig, UserError
 from metrics import Stats, timed
@@ -136,14 +136,34 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def prefill(model: Model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
+def prefill(
+    model: Model, ids: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None
+) -> tuple[torch.Tensor, Any]:
     """Read the whole prompt: ids (B, T) -> the first new token (B, 1), and the cache of T tokens.
 
-    mask (B, T), 1 = real token, is needed only where rows are padded (on the left).
+    mask (B, T), 1 = real token, is needed only where rows are padded (on the left). cache: an empty one to fill
+    (static_cache); by default transformers makes one that grows.
     """
-    last = {"logits_to_keep": 1} if "logits_to_keep" in model.forward_takes else {}
-    out = model.net(input_ids=ids, use_cache=True, **last, **positions(model, mask, ids.shape[1]))
+    given = {} if cache is None else {"past_key_values": cache}
+    extra = given | last_only(model) | positions(model, mask, ids.shape[1])
+    out = model.net(input_ids=ids, use_cache=True, **extra)
     return greedy(out.logits), out.past_key_values
+
+
+@torch.inference_mode()
+def recompute(model: Model, ids: torch.Tensor) -> torch.Tensor:
+    """Read everything once more, (B, T) -> the next token (B, 1): a step without a cache. Nothing is kept."""
+    return greedy(model.net(input_ids=ids, use_cache=False, **last_only(model)).logits)
+
+
+def last_only(model: Model) -> dict[str, int]:
+    """Only the last position's logits are wanted: the others would cost a matrix product and their memory."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in model.forward_takes else {}
+
+
+def static_cache(model: Model, tokens: int) -> StaticCache:
+    """A cache whose memory is taken once, for so many tokens: nothing is copied when a token is added."""
+    return StaticCache(config=model.net.config, max_cache_len=tokens)
 
 
 @torch.inference_mode()

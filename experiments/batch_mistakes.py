@@ -14,7 +14,6 @@ from model import Model, generate_batch
 from tokenizer import Tokenizer
 
 SIZES, REQUESTS, PROMPT_TOKENS = (1, 4, 8), 8, 32
-PROMPTS = f"{REQUESTS} texts of this length; --prompt is not used"
 Sample = dict[str, Any]  # batch size -> trial; JSON makes the keys strings
 Finding = tuple[list[tuple], list[str]]
 

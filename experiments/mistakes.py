@@ -9,6 +9,9 @@ both figures of a row come from the same clock readings.
     python3 -m experiments.mistakes order      # every cell once, in one order; a point against a point
     python3 -m experiments.mistakes exec-only  # latency without the time in the queue
     python3 -m experiments.mistakes mean-of-p95   # the rounds' P95s, averaged
+    python3 -m experiments.mistakes warmup-shape  # warmed with another shape than the one that is timed
+    python3 -m experiments.mistakes mean-over-growth    # one mean for steps that grow
+    python3 -m experiments.mistakes prefill-in-decode   # the prefill, divided among the new tokens
 """
 
 from config import PromptConfig, check_packages, knob
@@ -25,14 +28,15 @@ from typing import Any
 
 import torch
 
-from experiments import batch_mistakes
+from experiments import batch_mistakes, kv_mistakes
 from lab import console, records
 from lab.card import hardware_card
 from lab.request_tables import quoted
 from metrics import Stats, ms, number, synchronize, table, timed
 from model import Model, check_fits, decode_step, ids_tensor, load, prefill
 
-NAMES = ("cold", "unsynced", "folded", "order", "exec-only", "mean-of-p95")
+NAMES = ("cold", "unsynced", "folded", "order", "exec-only", "mean-of-p95", "warmup-shape", "mean-over-growth",
+         "prefill-in-decode")  # fmt: skip
 Finding = tuple[list[tuple], list[str]]  # rows: figure, wrong, right, wrong / right; and sentences
 
 
@@ -140,11 +144,14 @@ MISTAKES: dict[str, tuple[Callable[..., Stats], Callable[..., Finding]]] = {
     "unsynced": (unsynced_request, unsynced),
     "folded": (request, folded),
 }
-# The same for those that need a batcher: one sample is a round of batch sizes.
-BATCHED: dict[str, tuple[Callable[..., batch_mistakes.Sample], Callable[..., Finding]]] = {
-    "order": (batch_mistakes.sweep, batch_mistakes.order),
-    "exec-only": (batch_mistakes.sweep, batch_mistakes.exec_only),
-    "mean-of-p95": (batch_mistakes.one_by_one, batch_mistakes.mean_of_p95),
+# The same for those that need a batcher or prompts of their own, and how many tokens the longest of those has.
+OWN_PROMPTS: dict[str, tuple[Callable[..., Any], Callable[..., Finding], int]] = {
+    "order": (batch_mistakes.sweep, batch_mistakes.order, batch_mistakes.PROMPT_TOKENS),
+    "exec-only": (batch_mistakes.sweep, batch_mistakes.exec_only, batch_mistakes.PROMPT_TOKENS),
+    "mean-of-p95": (batch_mistakes.one_by_one, batch_mistakes.mean_of_p95, batch_mistakes.PROMPT_TOKENS),
+    "warmup-shape": (kv_mistakes.new_shape, kv_mistakes.warmup_shape, kv_mistakes.PROMPT_TOKENS),
+    "mean-over-growth": (kv_mistakes.uncached, kv_mistakes.mean_over_growth, kv_mistakes.PROMPT_TOKENS),
+    "prefill-in-decode": (kv_mistakes.long_prompt, kv_mistakes.prefill_in_decode, kv_mistakes.LONG_PROMPT),
 }
 
 
@@ -153,22 +160,25 @@ def main(argv: list[str] | None = None) -> int:
     records.check_writable(config, "mistakes")
     model, tokenizer, prompt = load(config)
     ids = ids_tensor([prompt]).to(model.device)
-    take, tell = (MISTAKES | BATCHED)[config.mistake]
     samples: list[Any] = []
     page, partial = console.Page(silent=config.json == "-"), False
     card = hardware_card(model.device)
-    batched = config.mistake in BATCHED
-    asked = batch_mistakes.PROMPTS if batched else config.prompt
-    prompt_tokens = batch_mistakes.PROMPT_TOKENS if batched else len(prompt)
+    own = config.mistake in OWN_PROMPTS
+    if own:
+        take, tell, prompt_tokens = OWN_PROMPTS[config.mistake]
+    else:
+        take, tell = MISTAKES[config.mistake]
+        prompt_tokens = len(prompt)
+    asked = "standard texts; --prompt is not used" if own else config.prompt
     check_fits(model, prompt_tokens, config.max_new_tokens)
     page.show(
         f"# The mistake: {config.mistake}\n\n{model.name}, {model.place.dtype_name} on {model.device.type}, "
-        f"{prompt_tokens} prompt tokens{'' if batched else f' ({tokenizer.template})'}: {quoted(asked)}",
+        f"{prompt_tokens} prompt tokens{'' if own else f' ({tokenizer.template})'}: {quoted(asked)}",
         keep=False,
     )
     try:
         for turn in console.progress(range(config.runs + 1), config.runs + 1, "rounds"):
-            samples.append(take(model, tokenizer, config, turn) if batched else take(model, ids, config))
+            samples.append(take(model, tokenizer, config, turn) if own else take(model, ids, config))
     except KeyboardInterrupt:
         partial = True
     if len(samples) < 2:
@@ -181,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         "prompt_tokens": prompt_tokens,
         "samples": samples,
         "partial": partial,
-        "batch_policy": "as the mistake's table says" if batched else "one request at a time",
+        "batch_policy": "as the table says" if own else "one request at a time",
         "kv_cache": "on",
         "gpu_utilisation": "not sampled",
         "verdicts": said,

@@ -157,12 +157,10 @@ def passes_per_token(trial: Trial) -> float:
 def compared(record: Record, a: Cell, b: Cell, figure: Callable[[Trial], float]) -> Verdict:
     """Cell a against cell b by a figure in seconds, paired by round."""
     pairs = paired(record, a, b)
-    usual = median(trial["anchor_s"] for trial in record["trials"])
     return verdict(
         [figure(ours) for ours, _ in pairs],
         [figure(theirs) for _, theirs in pairs],
-        # of the two anchors of a pair the one that is further off: a round counts only if both trials were undisturbed
-        anchors=[max((one["anchor_s"] for one in pair), key=lambda s: abs(s / usual - 1)) for pair in pairs] or None,
+        anchors=[mean(one["anchor_s"] for one in pair) for pair in pairs] or None,
         factors=[name for name, x, y in zip(("batch size", "window"), a, b, strict=True) if x != y],
     )
 

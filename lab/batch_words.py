@@ -243,7 +243,7 @@ def undecided(record: Record) -> list[str]:
     """What these rounds could not tell, and how many more would."""
     fewest = min(len(trials) for trials in cells(record).values())
     if fewest < FEWEST_ROUNDS:
-        return [f"Undecided: everything. Verdicts need {FEWEST_ROUNDS} whole rounds, and there are {fewest}."]
+        return [f"Undecided: all but what is decided above; {fewest} rounds show large differences only (use 6)."]
     open_ones = []
     for cell in cells(record):
         base = baseline(record, cell)

@@ -16,6 +16,7 @@ from lab.verdict import t_half_width
 
 LAWS = ("constant", "linear", "power", "quadratic", "exponential")  # from simple to bold
 BLOCKS = 5
+FEWEST_PLACES = 4
 TINY = 1e-12  # an error below this is rounding
 
 
@@ -89,14 +90,14 @@ class Growth:
 def growth(x: Sequence[float], y: Sequence[float]) -> Growth:
     """The law by which y grows with x: the simplest whose held-out error is not worse than the best one's.
 
-    Five blocks of neighbouring points are held out in turn, so that the ends must be predicted from the rest: laws part
+    Blocks of neighbouring places are held out in turn, so that the ends must be predicted from the rest: laws part
     where they are extended. "Not worse": a one-sided t test at 5 % over the blocks does not show it to be worse (in the
-    spirit of Breiman, Friedman, Olshen, Stone 1984, section 3.4.3). ValueError below two points a block.
+    spirit of Breiman, Friedman, Olshen, Stone 1984, section 3.4.3). ValueError below four places.
     """
     order = sorted(range(len(x)), key=lambda i: x[i])
     xs, ys = [x[i] for i in order], [y[i] for i in order]
-    if len(xs) < 2 * BLOCKS or len(set(xs)) < BLOCKS:
-        raise ValueError(f"a law needs {2 * BLOCKS} points at {BLOCKS} places at least, and there are {len(xs)}")
+    if len(set(xs)) < FEWEST_PLACES:
+        raise ValueError(f"a law needs points at {FEWEST_PLACES} places at least, and there are {len(set(xs))}")
     squares = {name: held_out(lambda a, b, name=name: fitted(name, a, b), xs, ys) for name in LAWS}
     best = min(LAWS, key=lambda name: mean(squares[name]))
     chosen = next(name for name in LAWS if alike(squares[name], squares[best]))
@@ -106,11 +107,15 @@ def growth(x: Sequence[float], y: Sequence[float]) -> Growth:
 
 def held_out(fit: Callable[[Sequence, Sequence], Law], xs: list[float], ys: list[float]) -> list[float]:
     """For each block of neighbours: the mean squared relative error of the law fitted to the other blocks."""
-    edges = [round(i * len(xs) / BLOCKS) for i in range(BLOCKS + 1)]
+    places = sorted(set(xs))
+    blocks = min(BLOCKS, len(places))
+    edges = [round(i * len(places) / blocks) for i in range(blocks + 1)]
     found = []
     for low, high in pairwise(edges):
-        law = fit(xs[:low] + xs[high:], ys[:low] + ys[high:])
-        found.append(mean((law(xs[i]) / ys[i] - 1) ** 2 for i in range(low, high)))
+        out = set(places[low:high])
+        kept = [i for i, x in enumerate(xs) if x not in out]
+        law = fit([xs[i] for i in kept], [ys[i] for i in kept])
+        found.append(mean((law(x) / y - 1) ** 2 for x, y in zip(xs, ys, strict=True) if x in out))
     return found
 
 

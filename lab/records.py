@@ -103,6 +103,29 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         os.close(file)
 
 
+def unfinished(config: Config, record: dict[str, Any], same: Sequence[str], trials: int) -> dict[str, Any] | None:
+    """The last record of the --json file if it is this run, cut short: it can be gone on with.
+
+    The same script, model, machine, versions and commit, and the same settings named in same; and it is partial, or has
+    fewer than so many trials.
+    """
+    if config.json in (None, "-"):
+        return None
+    alike = (("script",), ("model", "hash"), ("model", "dtype"), ("model", "device"), ("card", "CPU"), ("card", "GPU"),
+             ("card", "Threads in use"), ("card", "Versions"), ("card", "Commit"))  # fmt: skip
+    for old in reversed(read_lines(Path(config.json))):
+        if all(dig(old, path) == dig(record, path) for path in (*alike, *(("config", name) for name in same))):
+            return old if old["partial"] or len(old["trials"]) < trials else None
+    return None
+
+
+def dig(value: Any, path: Sequence[str]) -> Any:
+    """The value inside nested dicts; None where a step is missing."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def write_all(file: int, data: bytes) -> None:
     while data:
         data = data[os.write(file, data) :]

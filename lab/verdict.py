@@ -15,6 +15,7 @@ from scipy.special import (
 )  # Student's t: distribution and quantile. scipy.stats would take a second more
 
 FEWEST_ROUNDS = 6
+FEW_CONFIDENCE = 0.99  # what a claim from three to five rounds must hold at: so few may look alike by chance
 ANCHOR_TOLERANCE = 0.15
 
 
@@ -51,6 +52,7 @@ def verdict(
 ) -> Verdict:
     """A against B, both in seconds, paired by round: a_s[i] and b_s[i] ran next to each other.
 
+    FASTER and SLOWER need the 95 % interval to exclude 1, or with three to five rounds the 99 % one.
     noise: ratios within 1 ± this count as equal. anchors: the time of a fixed piece of work around each round; rounds
     more than 15 % off its median are dropped. factors: what differs between A and B; more than one, and no verdict.
     """
@@ -67,8 +69,8 @@ def verdict(
         return Verdict("NO VERDICT", None, None, None, n, dropped, f"at least {FEWEST_ROUNDS} rounds are needed")
     middle, half = mean(logs), t_half_width(logs)
     ratio, low, high = math.exp(middle), math.exp(middle - half), math.exp(middle + half)
-    if n < FEWEST_ROUNDS:
-        why = f"{FEWEST_ROUNDS - n} more rounds are needed" + (" on a quieter machine" if dropped else "")
+    if n < FEWEST_ROUNDS and not (n >= 3 and abs(middle) > t_half_width(logs, FEW_CONFIDENCE)):
+        why = f"{FEWEST_ROUNDS - n} more rounds are needed" + (f" ({dropped} were disturbed)" if dropped else "")
         return Verdict("NO VERDICT", ratio, low, high, n, dropped, why)
     if high < 1:
         word = "FASTER"

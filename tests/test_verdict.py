@@ -52,10 +52,21 @@ def test_words_follow_the_interval():
 
 
 def test_a_point_is_never_compared_with_a_point():
-    """Half the time, from one round or five, is no verdict: that is how false conclusions got into notes."""
-    for n in (1, 5):
+    """Half the time, from one round or two, is no verdict: that is how false conclusions got into notes."""
+    for n in (1, 2):
         said = verdict([0.5] * n, [1.0] * n)
         assert said.word == "NO VERDICT" and not said.not_slower
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_three_to_five_rounds_claim_only_what_holds_at_99_in_a_hundred(n):
+    rng, trials = random.Random(n), 4000
+    wrong = sum(verdict(*noisy_rounds(rng, n, 1.0, 0.04)).word in ("FASTER", "SLOWER") for _ in range(trials))
+    assert wrong / trials <= 0.01 + 3 * math.sqrt(0.01 * 0.99 / trials)
+    assert verdict([0.50, 0.51, 0.49], [1.0] * 3).word == "FASTER"  # twice as fast, and steadily so
+    few = verdict([0.95, 0.96, 0.94], [1.0] * 3)
+    assert few.word == "NO VERDICT" and few.reason == "3 more rounds are needed" and few.high < 1
+    assert verdict([1.0, 1.001, 0.999], [1.0] * 3).word == "NO VERDICT"  # equal for all one sees, but three rounds
 
 
 def test_two_changes_at_once_give_no_verdict():
