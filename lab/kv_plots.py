@@ -1,0 +1,70 @@
+"""Day 3's figures: a decode step by its context, with the fitted laws; and the cache's memory by length."""
+
+from pathlib import Path
+
+from config import ROOT
+from lab import kv_figures as figures
+from lab.kv_figures import Record
+from lab.kv_tables import kinds
+
+
+def draw(record: Record, folder: Path = ROOT / "results" / "figures") -> str:
+    """Draw one PNG file with both panels; a Markdown section that names it."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws into files; asks no display
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['id']}-kv.png"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    steps_panel(record, left)
+    memory_panel(record, right)
+    model = record["model"]
+    figure.suptitle(f"{model['name']}, {model['dtype']}, {model['device']} [{record['id']}]", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"### Figure\n\n![{path.stem}]({shown})"
+
+
+def steps_panel(record: Record, axes) -> None:
+    """Points: the median step at each context. Lines: the law that predicts held-out points best."""
+    for i, (cache, attention) in enumerate(kinds(record)):
+        points = figures.step_points(record, cache, attention)
+        axes.plot(
+            list(points),
+            [1e3 * s for s in points.values()],
+            ".",
+            ms=3,
+            color=f"C{i}",
+            label=f"cache {cache}, {attention}",
+        )
+        growth = figures.step_growth(record, cache, attention)
+        if growth:
+            low, high = growth.span
+            across = [low + (high - low) * k / 200 for k in range(201)]
+            axes.plot(across, [1e3 * growth.law(n) for n in across], "-", lw=1, color=f"C{i}", label=f"{growth.law} s")
+    axes.set(title="A decode step by its context", xlabel="tokens of context", ylabel="ms", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def memory_panel(record: Record, axes) -> None:
+    """The formula's line, the bytes that the runs' caches held, and the weights for comparison."""
+    own = record["ledger"]
+    held = {t["prompt_len"] + len(t["decode_s"]): t["kv_bytes"] for t in record["trials"] if t["cache"] == "dynamic"}
+    reach = max([*held, 1]) * 1.1
+    axes.plot(
+        [0, reach],
+        [0, reach * own["token_bytes"] / 1e6],
+        "-",
+        color="C0",
+        label=f"{own['token_bytes']:,} bytes a token",
+    )
+    axes.plot(list(held), [size / 1e6 for size in held.values()], "o", color="C1", label="held by the runs' tensors")
+    if own["weight_bytes"] / 1e6 < 3 * reach * own["token_bytes"] / 1e6:
+        axes.axhline(own["weight_bytes"] / 1e6, color="grey", ls=":", label="weights")
+    axes.set(title="Memory of the cache by length", xlabel="tokens", ylabel="MB", xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
