@@ -22,7 +22,6 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -236,21 +235,6 @@ def weight(config: BatchConfig, cell: Cell) -> float:
 # ---- one run
 
 
-def resumed(config: BatchConfig, model: dict[str, Any], card: dict[str, str]) -> dict[str, Any] | None:
-    """The last record of the --json file, if it is the same run on the same machine and has trials missing."""
-    if config.json in (None, "-"):
-        return None
-    for old in reversed(records.read_lines(Path(config.json))):
-        same = old.get("script") == "batch_experiment" and old["model"]["hash"] == model["hash"]
-        same = same and all(old["config"].get(name) == getattr(config, name) for name in SAME_RUN)
-        same = same and old["model"]["dtype"] == model["dtype"] and machine_key(old["card"]) == machine_key(card)
-        same = same and old["card"]["Commit"] == card["Commit"]
-        if same:
-            unfinished = old["partial"] or len(old["trials"]) < config.rounds * len(config.cells)
-            return old if unfinished else None
-    return None
-
-
 def describe(sweep: Sweep, template: str) -> dict[str, Any]:
     config, model = sweep.config, sweep.model
     mean_cached = config.prompt_tokens + config.max_new_tokens // 2
@@ -289,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     record = records.new_record("batch_experiment", "day2-batching", config, card)
     record |= describe(sweep, tokenizer.template) | {"ceilings": vars(ceiling), "trials": [], "calibrations": []}
     page.show(model_table(record))
-    old = resumed(config, record["model"], card)
+    old = records.unfinished(config, record, SAME_RUN, config.rounds * len(config.cells))
     cold = sweep.warm_up()  # a run that goes on is a new process: it begins cold too
     if old:
         record |= {name: old[name] for name in (*KEPT, *(["window"] if "window" in old else []))}

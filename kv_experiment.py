@@ -44,6 +44,7 @@ from model import (
     static_cache,
 )
 from tokenizer import Tokenizer
+from weights.random_init import SHAPES
 
 KINDS, ATTENTIONS = ("off", "dynamic", "static"), ("sdpa", "eager")
 SAME_RUN = ("prompt_lens", "new_tokens", "cache", "attention", "threads", "seed")
@@ -278,7 +279,7 @@ def describe(matrix: Matrix, template: str) -> dict[str, Any]:
         "cells": [cell.as_list() for cell in config.cells],
         "skipped": {cell.name: why for cell, why in matrix.skipped.items()},
         "floors": kv_ledger.floors(model, matrix.cells, config.new_tokens),
-        "ledger": kv_ledger.ledger(model, kv_probes.free_bytes(model.device)),
+        "ledger": kv_ledger.ledger(model, kv_probes.free_bytes(model.device), SHAPES),
     }
 
 

@@ -10,7 +10,7 @@ if __name__ == "__main__":
     check_packages()
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from lab import checklist, console
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{path} cannot be read ({error.strerror}): give --notes-file FILE.") from error
     wall = checklist.states(notes, checklist.all_records(path))
     if config.json:
-        print(json.dumps([asdict(state) | {"done": state.done} for state in wall], ensure_ascii=False, indent=1))
+        print(json.dumps([state.row() for state in wall], ensure_ascii=False, indent=1))
     else:
         print(wall_table(wall))
         print(f"\n{sum(s.done for s in wall)} of {len(wall)} done.")

@@ -19,7 +19,18 @@ from lab.card import hardware_card
 from lab.request_tables import card_table
 from model import load
 
-ALL = ("timer", "bandwidth", "decode_loop", "identity", "start", "batcher_cost", "batched_decode", "prediction")
+ALL = (
+    "timer",
+    "bandwidth",
+    "decode_loop",
+    "identity",
+    "start",
+    "batcher_cost",
+    "batched_decode",
+    "prediction",
+    "kv_growth",
+    "same_step",
+)
 
 
 @dataclass(frozen=True)

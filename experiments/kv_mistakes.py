@@ -36,9 +36,9 @@ def warmup_shape(samples: list[Sample], *_: Any) -> Finding:
     right = median(seconds for sample in later for seconds in sample["prefill"][1:])
     over = sum(ratio > 1.1 for ratio in ratios)
     return [("prefill of a new shape, ms", ms(wrong, 2), ms(right, 2), number(wrong / right, 3))], [
-        f"Wrong: the first call of a shape, after warming up with other shapes. Right: the same shape's later calls. The "
-        f"first call took {min(ratios):.2f} to {max(ratios):.2f} times as long; {over} of {len(ratios)} were more than 10 % "
-        "off.",
+        "Wrong: the first call of a shape, after warming up with other shapes. Right: the same shape's later calls. "
+        f"The first call took {min(ratios):.2f} to {max(ratios):.2f} times as long; {over} of {len(ratios)} were more "
+        "than 10 % off.",
         "kv_experiment.py warms every shape that it times, and keeps the first time as a result of its own.",
     ]
 
@@ -65,9 +65,10 @@ def mean_over_growth(samples: list[Sample], *_: Any) -> Finding:
         ("a decode step without a cache, ms: the last three", ms(wrong), ms(last), number(wrong / last, 3)),
     ]
     return rows, [
-        f"Wrong: {ms(wrong)} ms a token, and nothing more. The same run cut at half its length says {ms(half)}: the figure changes by "
-        f"{wrong / half - 1:+.1%} with the number of tokens, so two such figures cannot be compared.",
-        f"Right: the step at a stated context ({ms(first)} ms at the start, {ms(last)} at the end), or the law of growth.",
+        f"Wrong: {ms(wrong)} ms a token, and nothing more. The same run cut at half its length says {ms(half)}: the "
+        f"figure changes by {wrong / half - 1:+.1%} with the number of tokens, so two such figures cannot be compared.",
+        f"Right: the step at a stated context ({ms(first)} ms at the start, {ms(last)} at the end), or its law of "
+        "growth.",
     ]
 
 
@@ -90,7 +91,7 @@ def prefill_in_decode(samples: list[Sample], _tokens: int, config: Any, _model: 
     right = median(mean(sample["decode"]) for sample in later)
     first = median(sample["prefill"][0] for sample in later)
     return [("average token latency, ms", ms(wrong), ms(right), number(wrong / right, 3))], [
-        f"Wrong: the whole time over {n} new tokens. Of it {ms(first)} ms are the prefill of {LONG_PROMPT} tokens, which "
-        "another prompt or another number of new tokens would change.",
+        f"Wrong: the whole time over {n} new tokens. Of it {ms(first)} ms are the prefill of {LONG_PROMPT} tokens, "
+        "which another prompt or another number of new tokens would change.",
         f"Right: the mean of the {n - 1} decode steps, with the prefill in a column of its own.",
     ]

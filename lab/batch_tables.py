@@ -171,8 +171,8 @@ def parts_table(record: Record) -> str:
                ("CPU cores", "right"), ("GPU %", "right")]  # fmt: skip
     return (
         "### Where a request's time goes\n\n" + table(columns, rows) + "\n\n"
-        "Window: the part of the wait during which the worker was free. Padding: the share of all computed positions "
-        "that belonged to no request."
+        "Each column: the median of the rounds' means. Window: the part of the wait during which the worker was free. "
+        "Padding: the share of all computed positions that belonged to no request."
     )
 
 

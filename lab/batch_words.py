@@ -62,6 +62,8 @@ def bought(record: Record) -> list[str]:
     found = cells(record)
     best = max(found, key=lambda cell: median(map(tokens_per_s, found[cell])))
     base = baseline(record, best)
+    if len({size for size, _ in found}) == 1:
+        return []
     if best == base or base not in found:
         return ["No cell has more throughput than the smallest batch: nothing is bought here."]
     whole, latency = compared(record, best, base, makespan_s), compared(record, best, base, mean_latency_s)
@@ -161,7 +163,9 @@ def sweet_spots(record: Record) -> list[str]:
     window = min(window for _, window in found)
     row = sorted(cell for cell in found if cell[1] == window)
     fewest = min(len(found[cell]) for cell in row)
-    if len(row) < 2 or fewest < FEWEST_ROUNDS:
+    if len(row) < 2:
+        return []  # nothing to choose from
+    if fewest < FEWEST_ROUNDS:
         return [f"Sweet spots for chat, API and offline work are named from {FEWEST_ROUNDS} rounds on."]
     load = record["config"]["arrival"]
     spots = [chat(record, row)] if all(full_batches(trial) for cell in row for trial in found[cell]) else []

@@ -6,7 +6,7 @@ that question with words under Observations.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ OPEN, DONE = "☐", "☑"
 
 @dataclass(frozen=True)
 class Item:
-    """chinese finds the row in notes.md, whatever else stands in it. questions: any of these proves it."""
+    """chinese finds the row in notes.md, whatever else stands in it. questions: any of these proves it.
+
+    shows: what a record must hold beside its question. conclusion: it needs words under Observations.
+    """
 
     group: str
     chinese: str
@@ -26,6 +29,22 @@ class Item:
     questions: tuple[str, ...]
     conclusion: bool = False
     command: str = ""
+    shows: Callable[[dict[str, Any]], bool] = lambda _: True
+
+
+def batch_sizes(least: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda record: len(record.get("config", {}).get("batch_sizes", "").split(",")) >= least
+
+
+def kv_on_and_off(lengths: int) -> Callable[[dict[str, Any]], bool]:
+    """Both ways, at this many prompt lengths."""
+
+    def shows(record: dict[str, Any]) -> bool:
+        config = record.get("config", {})
+        kinds = config.get("cache", "").split(",")
+        return "off" in kinds and len(kinds) > 1 and len(config.get("prompt_lens", "").split(",")) >= lengths
+
+    return shows
 
 
 DAY1, BY_HAND = "day1-one-request", "day1-prefill-decode-by-hand"
@@ -36,19 +55,23 @@ ITEMS = (
     Item("Day1", "完成 `infer.py` 并输出分段 STATS", "infer.py prints STATS by stage", (DAY1,), command=INFER),
     Item("Day1", "拆解 generate：prefill vs decode loop", "take generate apart", (BY_HAND,), command=INSPECT),
     Item("Day2", "实现 batcher & 日志（队列等待 + 批大小）", "batcher and its log (queue wait, batch size)", (BATCH,)),
-    Item("Day2", "表格化 latency/throughput，对比 3 组 batch", "three batch sizes in a table", (BATCH,)),
-    Item("Day2", "写出 trade-off 结论（牺牲谁换谁）", "conclusion: who pays for throughput", (BATCH,), True),
-    Item("Day3", "复现 KV Cache on/off 实验", "KV cache on and off", (KV,)),
-    Item("Day3", "绘制 prompt 长度 × latency 表格", "table of prompt length and latency", (KV,)),
-    Item("Day3", "写下“KV Cache 什么时候救命/什么时候吃显存”", "when it saves you, when it eats memory", (KV,), True),
+    Item("Day2", "表格化 latency/throughput，对比 3 组 batch", "three batch sizes in a table", (BATCH,),
+         shows=batch_sizes(3)),
+    Item("Day2", "写出 trade-off 结论（牺牲谁换谁）", "conclusion: who pays for throughput", (BATCH,), True,
+         shows=batch_sizes(2)),
+    Item("Day3", "复现 KV Cache on/off 实验", "KV cache on and off", (KV,), shows=kv_on_and_off(1)),
+    Item("Day3", "绘制 prompt 长度 × latency 表格", "table of prompt length and latency", (KV,),
+         shows=kv_on_and_off(3)),
+    Item("Day3", "写下“KV Cache 什么时候救命/什么时候吃显存”", "when it saves you, when it eats memory", (KV,), True,
+         shows=kv_on_and_off(2)),
     Item("基础 Basics", "明确设备/精度假设（CPU vs GPU / FP32 vs FP16）", "device, precision", (DAY1,), command=INFER),
     Item("基础 Basics", "完成最小推理脚本并打印分段 STATS", "smallest script with STATS", (DAY1,), command=INFER),
     Item("Batch", "实现动态 batcher（固定等待窗口）", "dynamic batcher with a fixed window", (BATCH,)),
-    Item("Batch", "给出“牺牲谁换谁”的文字结论", "who pays, in words and numbers", (BATCH,), True),
-    Item("KV Cache", "复现 `past_key_values` on/off 实验", "past_key_values on and off", (KV,)),
+    Item("Batch", "给出“牺牲谁换谁”的文字结论", "who pays, in words and numbers", (BATCH,), True, shows=batch_sizes(2)),
+    Item("KV Cache", "复现 `past_key_values` on/off 实验", "past_key_values on and off", (KV,), shows=kv_on_and_off(1)),
     Item("系统 System", "绘制简化的推理服务流程图", "diagram of a serving system", (FLOW,)),
     Item("系统 System", "列出下一步扩展方向（Serving、Kernel、系统工程）", "next directions", (NEXT,), True),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,11 @@ class State:
     @property
     def done(self) -> bool:
         return not self.missing
+
+    def row(self) -> dict[str, Any]:
+        """The same for machines."""
+        item = {name: getattr(self.item, name) for name in ("group", "chinese", "english", "questions", "conclusion")}
+        return {"item": item, "evidence": self.evidence, "missing": self.missing, "done": self.done}
 
 
 def observations(notes: str) -> dict[str, str]:
@@ -84,8 +112,11 @@ def state_of(item: Item, words: dict[str, str], records: Sequence[dict[str, Any]
     if not proofs:
         how = f": run python3 {item.command}" if item.command else ""
         return State(item, (), f"no whole record of {' or '.join(item.questions)}{how}")
-    if item.conclusion and not any(words.get(proof) for proof in proofs):
-        return State(item, tuple(proofs[-1:]), "no record in notes.md has words under Observations")
+    if item.conclusion:
+        concluded = [proof for proof in proofs if words.get(proof)]
+        if not concluded:
+            return State(item, tuple(proofs[-1:]), "no record in notes.md has words under Observations")
+        proofs = concluded
     return State(item, tuple(proofs[-1:]), "")
 
 
@@ -97,7 +128,7 @@ def all_records(notes_file: Path) -> list[dict[str, Any]]:
 def proves(record: dict[str, Any], item: Item) -> bool:
     """Interrupted runs, first looks and random weights prove nothing."""
     weak = record.get("partial") or record.get("config", {}).get("quick") or record.get("model", {}).get("timing_only")
-    return record.get("question") in item.questions and not weak
+    return record.get("question") in item.questions and not weak and item.shows(record)
 
 
 def ticked(notes: str, wall: Sequence[State]) -> tuple[str, int]:

@@ -163,7 +163,7 @@ def grown(points: dict[int, float]) -> Growth | None:
 
 
 def least_s(record: Record, cell: Cell) -> dict[str, float] | None:
-    """The roofline's least time of a cell: prefill, mean decode step and total; None without a ceiling for the dtype."""
+    """The roofline's least time of a cell: prefill, mean decode step, total. None where the work is not known."""
     work = record["floors"].get(cell.name)
     trials = cells(record)[cell]
     if not work:

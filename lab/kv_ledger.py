@@ -1,10 +1,9 @@
 """What the KV cache costs in memory, by formula: per token, per request, against the weights, and for known shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lab.kv_figures import Cell
-from weights.random_init import SHAPES
 
 BLOCK = 16  # tokens a block, as paged caches take them (PagedAttention, arXiv 2309.06180)
 LENGTHS = (128, 512, 2048, 8192)
@@ -41,8 +40,11 @@ def floors(model: Any, cells: Sequence[Cell], new_tokens: int) -> dict[str, Any]
     return found
 
 
-def ledger(model: Any, free_bytes: int) -> dict[str, Any]:
-    """What a token holds, how many requests fit, and where the cache outgrows the weights."""
+def ledger(model: Any, free_bytes: int, shapes: Mapping[str, dict]) -> dict[str, Any]:
+    """What a token holds, how many requests fit, and where the cache outgrows the weights.
+
+    shapes: known architectures by name, each as in its config.json, to stand beside the model's own.
+    """
     layers, heads, kv_heads, head_dim = model.heads
     each, size = model.kv_bytes_per_token(), model.place.dtype.itemsize
     return {
@@ -52,13 +54,12 @@ def ledger(model: Any, free_bytes: int) -> dict[str, Any]:
         "free_bytes": free_bytes,
         "outgrows_at": model.weight_bytes() / each,
         "fit": {str(n): int(free_bytes // (n * each)) for n in LENGTHS},
-        "shapes": [shape_row(name, size) for name in SHAPES],
+        "shapes": [shape_row(name, shape, size) for name, shape in shapes.items()],
     }  # fmt: skip
 
 
-def shape_row(name: str, itemsize: int) -> dict[str, Any]:
+def shape_row(name: str, shape: dict, itemsize: int) -> dict[str, Any]:
     """A known architecture's cache, and what it would be if every head had its own keys and values."""
-    shape = SHAPES[name]
     layers = shape.get("n_layer") or shape["num_hidden_layers"]
     heads = shape.get("n_head") or shape["num_attention_heads"]
     width = shape.get("n_embd") or shape["hidden_size"]

@@ -44,8 +44,9 @@ def owners_table(record: Record) -> str:
                 "; ".join(notes(record, cell)),
             )
         )
-    columns = [("Prompt Length", "right"), ("KV Cache", "left"), ("Total Time (s)", "right"), ("95 % interval", "right"),
-               ("Avg Token Latency (ms)", "right"), ("Prefill Time (s)", "right"), ("first step ms", "right"),
+    columns = [("Prompt Length", "right"), ("KV Cache", "left"), ("Total Time (s)", "right"),
+               ("95 % interval", "right"), ("Avg Token Latency (ms)", "right"), ("Prefill Time (s)", "right"),
+               ("first step ms", "right"),
                ("last step ms", "right"), ("KV MB", "right"), ("peak MB", "right"), ("roofline s (reached)", "right"),
                ("Notes", "left")]  # fmt: skip
     return (
@@ -95,7 +96,7 @@ def law_table(record: Record) -> str:
                *((f"{name} %", "right") for name in LAWS), ("law (n in tokens, seconds)", "left")]  # fmt: skip
     return (
         "### By which law does it grow? (error on held-out points)\n\n" + table(columns, rows) + "\n\n"
-        "The law named is the simplest that predicts no worse than the best; held out in turn are blocks of neighbours, "
+        "The law named is the simplest that predicts no worse than the best. Held out in turn: blocks of neighbours, "
         "so that the ends are predicted from the rest."
     )
 
@@ -138,10 +139,12 @@ def ledger_table(record: Record) -> str:
              f"×{shape['if_every_head_had_its_own'] / shape['token_bytes']:.0f}")
         )  # fmt: skip
     columns = [("shape", "left"), ("layers", "right"), ("heads", "right"), ("KV heads", "right"), ("head dim", "right"),
-               ("bytes a token", "right"), ("MB for 1,000 tokens", "right"), ("saved by sharing heads", "right")]  # fmt: skip
+               ("bytes a token", "right"), ("MB for 1,000 tokens", "right"),
+               ("saved by sharing heads", "right")]  # fmt: skip
     return (
         f"### KV ledger: 2 × layers × KV heads × head dim × {own['itemsize']} bytes\n\n" + table(columns, rows) + "\n\n"
-        "Where KV heads are fewer than heads, several query heads share one (grouped-query attention, arXiv 2305.13245)."
+        "Where KV heads are fewer than heads, several query heads share one (grouped-query attention, "
+        "arXiv 2305.13245)."
     )
 
 
@@ -195,6 +198,6 @@ def share_table(record: Record) -> str:
                ("copying, of a decode step", "right")]  # fmt: skip
     return (
         f"### Attention's share ({record['config']['attention'].split(',')[0]})\n\n" + table(columns, rows) + "\n\n"
-        "Scores, softmax and weighted sum, without the projections, by the profiler's operators; copying: the cache that "
-        "is copied to grow, and keys that are repeated for grouped heads."
+        "Scores, softmax and weighted sum, without the projections, by the profiler's operators; copying: the cache "
+        "that is copied to grow, and keys that are repeated for grouped heads."
     )

@@ -104,9 +104,9 @@ def chat(record: Record) -> list[str]:
     reach = TURNS * 2 * TURN_TOKENS
     beyond = f", extrapolated beyond {laws[0].span[1]:g}" if reach > laws[0].span[1] else ""
     return [
-        f"A chat of {TURNS} turns ({TURN_TOKENS} tokens asked and {TURN_TOKENS} answered in each, up to {reach} tokens of "
-        f"context{beyond}) spends {costs[0]:.0f} s on its decode steps with the cache and {costs[1]:.0f} s without it, by "
-        "the fitted laws."
+        f"A chat of {TURNS} turns ({TURN_TOKENS} tokens asked and {TURN_TOKENS} answered in each, up to {reach} tokens "
+        f"of context{beyond}) spends {costs[0]:.0f} s on its decode steps with the cache and {costs[1]:.0f} s without "
+        "it, by the fitted laws."
     ]
 
 
@@ -134,8 +134,8 @@ def shares(record: Record) -> list[str]:
         lines.append(
             f"Why FlashAttention exists: from {low['tokens']} to {high['tokens']} tokens, attention proper grows from "
             f"{low['prefill']:.1%} to {high['prefill']:.1%} of a prefill, and from {low['decode']:.1%} to "
-            f"{high['decode']:.1%} of a decode step. Its work grows with the square of the length in a prefill, everything "
-            "else with the length."
+            f"{high['decode']:.1%} of a decode step. In a prefill its work grows with the square of the length, and "
+            "everything else with the length."
         )
     return lines
 
@@ -150,8 +150,8 @@ def warnings(record: Record) -> list[str]:
     void = sorted({t["prompt_len"] for t in trials if not figures.same_tokens(record, t["prompt_len"])})
     if void:
         found.append(
-            f"prompt {', '.join(map(str, void))}: the kinds of cache gave different tokens, so those rows are void. Try "
-            "--dtype float32."
+            f"prompt {', '.join(map(str, void))}: the kinds of cache gave different tokens, so those rows are void. "
+            "Try --dtype float32."
         )
     if rounds < FEWEST_ROUNDS:
         found.append(f"{rounds} rounds decide large differences only: use --rounds {FEWEST_ROUNDS} before quoting.")

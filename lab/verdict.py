@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 
-from scipy.special import (
-    stdtr,
-    stdtrit,
-)  # Student's t: distribution and quantile. scipy.stats would take a second more
+# Student's t, distribution and quantile; from here because scipy.stats takes a second more to import.
+from scipy.special import stdtr, stdtrit
 
 FEWEST_ROUNDS = 6
 FEW_CONFIDENCE = 0.99  # what a claim from three to five rounds must hold at: so few may look alike by chance
@@ -30,10 +28,20 @@ class Verdict:
     rounds: int
     dropped: int = 0
     reason: str = ""
+    noise: float = 0.05
 
     @property
-    def not_slower(self) -> bool:
-        return self.word in ("FASTER", "WITHIN NOISE")
+    def not_slower(self) -> bool | None:
+        """Whether A keeps up with B: its interval ends below 1 + noise. None where the rounds cannot say.
+
+        A narrower question than the word answers ("is it faster, slower or equal?"), so it may be settled before it.
+        """
+        if self.word in ("FASTER", "WITHIN NOISE"):
+            return True
+        if self.word == "SLOWER":
+            return False
+        kept_up = self.high is not None and self.rounds >= FEWEST_ROUNDS and self.high < 1 + self.noise
+        return True if kept_up else None
 
     def __str__(self) -> str:
         numbers = "" if self.ratio is None else f" ×{self.ratio:.3f}"
@@ -85,8 +93,8 @@ def verdict(
             if needed > n
             else f"the interval crosses the edge of ±{noise:.0%}: use {2 * n} rounds"
         )
-        return Verdict("NO VERDICT", ratio, low, high, n, dropped, why)
-    return Verdict(word, ratio, low, high, n, dropped)
+        return Verdict("NO VERDICT", ratio, low, high, n, dropped, why, noise)
+    return Verdict(word, ratio, low, high, n, dropped, noise=noise)
 
 
 def t_half_width(values: Sequence[float], confidence: float = 0.95) -> float:

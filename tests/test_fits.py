@@ -8,7 +8,7 @@ import pytest
 from lab.fits import LAWS, Law, exponent, fitted, growth, line
 
 TRUTHS = {
-    "constant": lambda x: 50.0,
+    "constant": lambda _: 50.0,
     "linear": lambda x: 20 + 0.3 * x,
     "power": lambda x: 0.02 * x**1.5,
     "quadratic": lambda x: 30 + 0.1 * x + 0.002 * x * x,

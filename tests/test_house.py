@@ -15,13 +15,15 @@ ROWS = {
     "lab": 1, "tokenizer": 1, "weights": 1,
     "model": 2,
     "batcher": 3,  # its demonstration runs the model; the class itself knows neither torch nor the model
-    "infer": 5, "inspect_prefill_decode": 5, "batch_experiment": 5, "report": 5, "experiments": 5, "benchmarks": 5,
+    "infer": 5, "inspect_prefill_decode": 5, "batch_experiment": 5, "kv_experiment": 5, "report": 5,
+    "experiments": 5, "benchmarks": 5,
 }  # fmt: skip
 TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.checklist", "lab.verdict", "lab.roofline",
               "lab.request_tables", "lab.request_words", "lab.console", "lab.fits", "lab.sampler", "weights.find",
               "weights.hub", "weights.gguf_cache", "weights.random_init", "batcher",
               "lab.arrivals", "lab.simulation", "lab.prompts", "lab.batch_trial", "lab.batch_figures",
-              "lab.batch_tables", "lab.batch_words", "lab.batch_window", "lab.batch_plots")  # fmt: skip
+              "lab.batch_tables", "lab.batch_words", "lab.batch_window", "lab.batch_plots", "lab.kv_figures",
+              "lab.kv_ledger", "lab.kv_tables", "lab.kv_words", "lab.kv_plots")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
 
@@ -83,7 +85,7 @@ def test_importing_prints_nothing_and_halves_without_torch_load_none():
 
 
 def test_torch_is_imported_only_where_tensors_live():
-    allowed = {"model", "infer", "inspect_prefill_decode"}
+    allowed = {"model", "infer", "inspect_prefill_decode", "kv_experiment"}
     for name, path in modules().items():
         if "torch" in {i.split(".")[0] for i in imports_of(path)}:
             assert name in allowed or name.split(".")[0] in ("weights", "lab", "experiments", "benchmarks"), name

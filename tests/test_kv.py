@@ -1,6 +1,7 @@
-"""Day 3: the same tokens with every kind of cache, exact bytes, figures worked out by hand, and the script as it is met."""
+"""Day 3: the same tokens with every kind of cache, exact bytes, figures worked out by hand, and the script."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from lab import kv_figures as figures
 from lab.kv_figures import Cell
 from lab.records import read_lines
 from model import ids_tensor, kv_cache_bytes, prefill, recompute, static_cache, transformers_generate
+from weights.random_init import SHAPES
 
 
 def prompt_of(length: int) -> list[int]:
@@ -76,14 +78,14 @@ def test_impossible_runs_are_refused(llama, length, new):
 
 def test_known_shapes_are_what_their_papers_say():
     """SmolLM2: 3 KV heads of 9; distilgpt2: every head has its own; Llama 7B in float16: half a megabyte a token."""
-    rows = {name: kv_ledger.shape_row(name, 2) for name in ("distilgpt2", "SmolLM2-135M", "llama-7b")}
+    rows = {name: kv_ledger.shape_row(name, SHAPES[name], 2) for name in ("distilgpt2", "SmolLM2-135M", "llama-7b")}
     assert rows["distilgpt2"]["token_bytes"] == 2 * 6 * 12 * 64 * 2 == rows["distilgpt2"]["if_every_head_had_its_own"]
     assert rows["SmolLM2-135M"]["token_bytes"] * 3 == rows["SmolLM2-135M"]["if_every_head_had_its_own"]
     assert rows["llama-7b"]["token_bytes"] == 524_288
 
 
 def test_the_ledger_of_a_small_model_by_hand(llama):
-    own = kv_ledger.ledger(llama, free_bytes=10**9)
+    own = kv_ledger.ledger(llama, 10**9, SHAPES)
     assert own["token_bytes"] == 256 and own["outgrows_at"] == llama.weight_bytes() / 256
     assert own["fit"]["128"] == 10**9 // (128 * 256)
     assert [kv_ledger.in_blocks(n) for n in (1, 16, 17)] == [16, 16, 32]
@@ -119,15 +121,20 @@ def record(rounds: int = 6, lengths=(5, 40, 120, 400)) -> dict:
         weight_bytes=lambda: 256_000,
     )  # fmt: skip
     return {
-        "id": "kv_experiment-000000-abcdef", "partial": False, "cells": [cell.as_list() for cell in found], "skipped": {},
+        "id": "kv_experiment-000000-abcdef", "partial": False, "skipped": {},
+        "cells": [cell.as_list() for cell in found],
         "config": {"new_tokens": 20, "rounds": rounds, "attention": "sdpa"},
         "model": {"name": "tiny", "dtype": "float32", "device": "cpu", "context": 1024},
         "floors": {cell.name: {"prefill": (10**9, 10**8), "steps": [(10**8, 10**8)] * 19} for cell in found},
-        "ledger": kv_ledger.ledger(model, free_bytes=10**9),
-        "trials": [trial(r, c.prompt_len, c.cache, 0.001 * ((r * 7 + i) % 5 - 2)) for r in range(rounds) for i, c in enumerate(found)],
+        "ledger": kv_ledger.ledger(model, 10**9, SHAPES),
+        "trials": [
+            trial(turn, cell.prompt_len, cell.cache, 0.001 * ((turn * 7 + i) % 5 - 2))
+            for turn in range(rounds)
+            for i, cell in enumerate(found)
+        ],
         "growth": {"tokens": 1600, "tensor_bytes": 409_600, "grew_bytes": 420_000},
-        "reserved": {"requests": 16, "longest": 420, "used": 1_000_000, "maximum": 1_720_000, "maximum_formula": 1_720_320,
-                     "blocks": 1_030_000, "blocks_formula": 1_028_000},
+        "reserved": {"requests": 16, "longest": 420, "used": 1_000_000, "maximum": 1_720_000,
+                     "maximum_formula": 1_720_320, "blocks": 1_030_000, "blocks_formula": 1_028_000},
         "shares": [{"tokens": 5, "prefill": 0.01, "decode": 0.02, "copying": 0.01},
                    {"tokens": 400, "prefill": 0.2, "decode": 0.1, "copying": 0.1}],
     }  # fmt: skip
@@ -184,6 +191,15 @@ def test_lost_time_is_noticed():
     assert any("conservation of time is broken" in warning for warning in kv_words.warnings(kept))
 
 
+def page() -> str:
+    return "\n\n".join([*kv_tables.sections(record()), *kv_words.sentences(record())]) + "\n"
+
+
+def test_the_page_is_the_golden_one():
+    """To change it on purpose: PYTHONPATH=.:tests python -c "import test_kv as t; print(t.page(), end='')" """
+    assert page() == (Path(__file__).parent / "golden" / "day3.md").read_text()
+
+
 def test_the_owners_table_has_its_columns():
     text = kv_tables.owners_table(record())
     for column in ("Prompt Length", "KV Cache", "Total Time (s)", "Avg Token Latency (ms)", "Prefill Time (s)", "Notes",
@@ -223,8 +239,8 @@ def left_with(argv: list[str]) -> int:
 def test_the_default_matrix_prints_every_section_and_keeps_every_step(tiny, tmp_path, capsys):
     assert kv_experiment.main([*tiny, "--note", "Seen."]) == 0
     shown = capsys.readouterr().out
-    for part in ("### KV cache:", "### With a cache against without", "### By which law", "### KV ledger", "### How many",
-                 "### Formula against memory", "### Attention's share", "### Verdict"):  # fmt: skip
+    for part in ("### KV cache:", "### With a cache against without", "### By which law", "### KV ledger",
+                 "### How many", "### Formula against memory", "### Attention's share", "### Verdict"):  # fmt: skip
         assert part in shown
     (kept,) = read_lines(tmp_path / "x.jsonl")
     assert len(kept["trials"]) == 3 * 8 and all(len(t["decode_s"]) == 4 for t in kept["trials"])
@@ -239,7 +255,7 @@ def test_all_kinds_and_kernels_in_one_run(tiny, tmp_path):
     assert len(kept["trials"]) == 4 * 3 * 2 and all(figures.same_tokens(kept, n) for n in (4, 9, 20, 40))
 
 
-def test_cells_alternate_and_more_rounds_go_on(tiny, tmp_path, capsys):
+def test_cells_alternate_and_more_rounds_go_on(tiny, tmp_path):
     argv = [*tiny, "--prompt-lens", "4,9"]
     kv_experiment.main([*argv, "--rounds", "1"])
     kv_experiment.main([*argv, "--rounds", "2"])

@@ -48,7 +48,16 @@ def test_words_follow_the_interval():
     assert verdict([1.5 * x for x in base], [1.0] * 6).word == "SLOWER"
     assert verdict(base, [1.0] * 6).word == "WITHIN NOISE"
     wide = verdict([1.0, 1.5, 0.7, 1.3, 0.6, 1.2], [1.0] * 6)
-    assert wide.word == "NO VERDICT" and "more rounds" in wide.reason
+    assert wide.word == "NO VERDICT" and "more rounds" in wide.reason and wide.not_slower is None
+
+
+def test_keeping_up_is_a_narrower_question_than_being_faster_slower_or_equal():
+    """An interval from 0.93 to 1.01 does not say whether A is faster, but it does say that A is not 5 % slower."""
+    times = [0.91, 1.02, 0.95, 1.0, 0.92, 1.01]
+    said = verdict(times, [1.0] * 6)
+    assert said.word == "NO VERDICT" and said.high < 1.05 and said.not_slower
+    assert verdict([1.2 + t / 100 for t in times], [1.0] * 6).not_slower is False
+    assert verdict(times[:5], [1.0] * 5).not_slower is None  # too few rounds
 
 
 def test_a_point_is_never_compared_with_a_point():
