@@ -20,6 +20,7 @@ from metrics import synchronize
 
 READ_BYTES = 256 << 20  # far outside a laptop's caches; a server's L3 of 256 MB or more would flatter it
 GPU_READ_BYTES = 4 << 30
+ANCHOR_REPEATS = 9  # three were so short that the anchor itself strayed by 15 %
 VERSION = 3  # raise it when a probe changes, so that kept values are measured anew
 
 
@@ -85,14 +86,14 @@ class Probe:
         return self.data.nbytes / median(times_s(self.read, repeats))
 
     def anchor(self, dtype: torch.dtype, gemm_size: int) -> Anchor:
-        """About 50 ms of fixed work: how the machine is at this moment. gemm_size: the size that calibration chose.
+        """About 150 ms of fixed work: how the machine is at this moment. gemm_size: the size that calibration chose.
 
         Bandwidth drifts by up to two times between minutes on shared hosts. So a measured block is read against the
         larger of the values before and after it, and a round whose anchor stands out is dropped.
         """
         a = torch.randn(gemm_size, gemm_size, device=self.device).to(dtype)
         linear(a, a)
-        read_s, gemm_s = median(times_s(self.read, repeats=3)), median(times_s(lambda: linear(a, a), repeats=3))
+        read_s, gemm_s = (median(times_s(work, ANCHOR_REPEATS)) for work in (self.read, lambda: linear(a, a)))
         return Anchor(self.data.nbytes / read_s, 2 * gemm_size**3 / gemm_s, read_s + gemm_s)
 
 

@@ -51,20 +51,19 @@ def steps_panel(record: Record, axes) -> None:
 
 
 def memory_panel(record: Record, axes) -> None:
-    """The formula's line, the bytes that the runs' caches held, and the weights for comparison."""
+    """The formula's line up to where the cache outgrows the weights, and the bytes that the runs' caches held."""
     own = record["ledger"]
     held = {t["prompt_len"] + len(t["decode_s"]): t["kv_bytes"] for t in record["trials"] if t["cache"] == "dynamic"}
-    reach = max([*held, 1]) * 1.1
-    axes.plot(
-        [0, reach],
-        [0, reach * own["token_bytes"] / 1e6],
-        "-",
-        color="C0",
-        label=f"{own['token_bytes']:,} bytes a token",
+    ends = [min([*held, own["outgrows_at"]]) / 2, own["outgrows_at"] * 4]
+    megabytes = own["token_bytes"] / 1e6
+    axes.loglog(ends, [n * megabytes for n in ends], "-", color="C0", label=f"{own['token_bytes']:,} bytes a token")
+    if own["kv_heads"] < own["heads"]:
+        alone = megabytes * own["heads"] / own["kv_heads"]
+        axes.loglog(ends, [n * alone for n in ends], ":", color="C0", label="if every head had its own keys and values")
+    axes.axhline(
+        own["weight_bytes"] / 1e6, color="grey", ls="--", label=f"weights: outgrown at {own['outgrows_at']:,.0f}"
     )
-    axes.plot(list(held), [size / 1e6 for size in held.values()], "o", color="C1", label="held by the runs' tensors")
-    if own["weight_bytes"] / 1e6 < 3 * reach * own["token_bytes"] / 1e6:
-        axes.axhline(own["weight_bytes"] / 1e6, color="grey", ls=":", label="weights")
-    axes.set(title="Memory of the cache by length", xlabel="tokens", ylabel="MB", xlim=(0, None), ylim=(0, None))
+    axes.loglog(list(held), [size / 1e6 for size in held.values()], "o", color="C1", label="held by the runs' tensors")
+    axes.set(title="Memory of the cache by length", xlabel="tokens, of all requests together", ylabel="MB")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)

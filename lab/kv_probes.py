@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -15,7 +16,7 @@ from metrics import synchronize
 
 CACHES = 4  # held at once, so that their bytes stand out from the allocator's own
 REQUESTS = 16
-STEPS = 4
+STEPS, PROFILES = 6, 3  # the median of some profiles: a short one can meet a busy moment
 
 
 def held_bytes(device: torch.device) -> int:
@@ -51,7 +52,12 @@ def growth(
     held = [prefill(ids)[1] for _ in range(CACHES)]
     gc.collect()
     grew = held_bytes(device) - before
-    return {"tokens": ids.shape[1] * CACHES, "tensor_bytes": sum(map(cache_bytes, held)), "grew_bytes": grew}
+    return {
+        "caches": CACHES,
+        "tokens": ids.shape[1] * CACHES,
+        "tensor_bytes": sum(map(cache_bytes, held)),
+        "grew_bytes": grew,
+    }
 
 
 def reserved(model: Any, prompt_lens: Sequence[int], new_tokens: int) -> dict[str, int]:
@@ -77,19 +83,23 @@ def attention_share(
     ids: torch.Tensor,
 ) -> dict[str, float]:
     """The share of attention proper (scores, softmax, weighted sum; not its projections) in a prefill and a step."""
-    state = prefill(ids)
-    first = profiled(device, lambda: prefill(ids), lambda state: state, 0, None)
-    state = decode_step(*state)
-    steps = profiled(device, lambda: state, lambda state: decode_step(*state), STEPS, None)
-    copies = sum(row["own_s"] for row in steps if row["operator"] in ("aten::cat", "aten::copy_", "aten::clone"))
-    whole = sum(row["own_s"] for row in steps)
-    return {"tokens": ids.shape[1], "prefill": share_of(first), "decode": share_of(steps), "copying": copies / whole}
+    state = decode_step(*prefill(ids))
+    found: dict[str, list[float]] = {"prefill": [], "decode": [], "copying": []}
+    for _ in range(PROFILES):
+        first = profiled(device, lambda: prefill(ids), lambda state: state, 0, None)
+        steps = profiled(device, lambda: state, lambda _: decode_step(*state), STEPS, None)
+        found["prefill"].append(share_of(first, ATTENTION))
+        found["decode"].append(share_of(steps, ATTENTION))
+        found["copying"].append(share_of(steps, COPYING))
+    return {"tokens": ids.shape[1]} | {name: median(shares) for name, shares in found.items()}
 
 
+# aten::bmm and softmax are eager attention's own operators; the fused kernels carry attention in their names.
 ATTENTION = ("attention", "softmax", "baddbmm", "bmm")
+COPYING = ("aten::cat", "aten::copy_", "aten::clone")
 
 
-def share_of(rows: list[dict]) -> float:
-    """aten::bmm and softmax are eager attention's own operators; the fused kernels carry attention in their names."""
+def share_of(rows: list[dict], operators: tuple[str, ...]) -> float:
+    """The part of the time spent in operators whose names hold one of these words."""
     whole = sum(row["own_s"] for row in rows)
-    return sum(row["own_s"] for row in rows if any(word in row["operator"] for word in ATTENTION)) / whole
+    return sum(row["own_s"] for row in rows if any(word in row["operator"] for word in operators)) / whole

@@ -170,9 +170,9 @@ def fit_table(record: Record) -> str:
 def probes_table(record: Record) -> str:
     """Formula, tensors and the process; the longest for all against blocks. All measured."""
     own, grew, kept = record["ledger"], record["growth"], record["reserved"]
-    predicted = grew["tokens"] * own["token_bytes"]
+    predicted, what = grew["tokens"] * own["token_bytes"], f"{grew['tokens']:,} tokens in {grew['caches']} caches"
     rows = [
-        (f"{grew['tokens']:,} tokens in {4} caches", mb(predicted), mb(grew["tensor_bytes"]), mb(grew["grew_bytes"]),
+        (what, mb(predicted), mb(grew["tensor_bytes"]), mb(grew["grew_bytes"]),
          f"{grew['grew_bytes'] / predicted - 1:+.1%}"),
         *((f"{kept['requests']} requests, reserving {name}", mb(kept[f"{key}_formula"]), NONE, mb(kept[key]),
            f"{1 - kept['used'] / kept[f'{key}_formula']:.0%} empty")

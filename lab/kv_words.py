@@ -47,14 +47,20 @@ def laws(record: Record) -> list[str]:
         if growth is None:
             lines.append(f"Cache {cache}: too few contexts for a law of growth.")
             continue
-        p, half = figures.step_exponent(record, cache, attention)
-        uncertain = "" if half is None else f" ± {half:.2f}"
         what = "Without a cache" if cache == "off" else f"With the {cache} cache"
         what += f" ({attention})" if len({a for _, a in kinds(record)}) > 1 else ""
+        over = f"over contexts of {growth.span[0]:g} to {growth.span[1]:g} tokens"
+        if growth.law.name == "constant":
+            lines.append(
+                f"{what} a decode step takes {ms(growth.law(0))} ms {over}: no growth is told from the "
+                f"scatter of {growth.errors['constant']:.0%}, so no other law is named."
+            )
+            continue
+        p, half = figures.step_exponent(record, cache, attention)
+        uncertain = "" if half is None else f" ± {half:.2f}"
         lines.append(
-            f"{what} a decode step grows by a {growth.law.name} law over contexts of {growth.span[0]:g} to "
-            f"{growth.span[1]:g} tokens: {growth.law} seconds; as one power of the context, n^{p:.2f}{uncertain}. "
-            + rejected(growth)
+            f"{what} a decode step grows by a {growth.law.name} law {over}: {growth.law} seconds; as one power of the "
+            f"context, n^{p:.2f}{uncertain}. {rejected(growth)}"
         )
     return lines
 

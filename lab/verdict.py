@@ -61,12 +61,13 @@ def verdict(
     """A against B, both in seconds, paired by round: a_s[i] and b_s[i] ran next to each other.
 
     FASTER and SLOWER need the 95 % interval to exclude 1, or with three to five rounds the 99 % one.
-    noise: ratios within 1 ± this count as equal. anchors: the time of a fixed piece of work around each round; rounds
-    more than 15 % off its median are dropped. factors: what differs between A and B; more than one, and no verdict.
+    noise: ratios within 1 ± this count as equal. anchors: the time of a fixed piece of work around each round; from six
+    rounds on, those more than 15 % off its median are dropped (with fewer, none can be called the odd one).
+    factors: what differs between A and B; more than one, and no verdict.
     """
     if len(a_s) != len(b_s):
         raise ValueError(f"paired samples need equal numbers of rounds: {len(a_s)} and {len(b_s)}")
-    steady = steady_rounds(anchors) if anchors else range(len(a_s))
+    steady = steady_rounds(anchors) if anchors and len(a_s) >= FEWEST_ROUNDS else range(len(a_s))
     logs = [math.log(a_s[i] / b_s[i]) for i in steady]
     n, dropped = len(logs), len(a_s) - len(logs)
     if len(factors) > 1:

@@ -132,7 +132,7 @@ def record(rounds: int = 6, lengths=(5, 40, 120, 400)) -> dict:
             for turn in range(rounds)
             for i, cell in enumerate(found)
         ],
-        "growth": {"tokens": 1600, "tensor_bytes": 409_600, "grew_bytes": 420_000},
+        "growth": {"caches": 4, "tokens": 1600, "tensor_bytes": 409_600, "grew_bytes": 420_000},
         "reserved": {"requests": 16, "longest": 420, "used": 1_000_000, "maximum": 1_720_000,
                      "maximum_formula": 1_720_320, "blocks": 1_030_000, "blocks_formula": 1_028_000},
         "shares": [{"tokens": 5, "prefill": 0.01, "decode": 0.02, "copying": 0.01},

@@ -89,6 +89,8 @@ def test_rounds_on_a_disturbed_machine_are_dropped_and_counted():
     slow, fast = [0.5, 0.51, 0.5, 9.0, 0.5, 0.49, 0.5, 0.5], [1.0] * 8
     said = verdict(slow, fast, anchors=anchors)
     assert (said.word, said.rounds, said.dropped) == ("FASTER", 7, 1)
+    few = verdict(slow[:4], fast[:4], anchors=anchors[:4])
+    assert (few.rounds, few.dropped) == (4, 0)  # of four, none can be called the odd one
 
 
 def test_variants_take_turns_in_turning_order():
