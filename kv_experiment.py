@@ -34,6 +34,7 @@ from lab.sampler import Sampler, Usage
 from metrics import Stats, number, timed
 from model import (
     Model,
+    check_fits,
     decode_step,
     ids_tensor,
     kv_cache_bytes,
@@ -48,7 +49,7 @@ from weights.random_init import SHAPES
 
 KINDS, ATTENTIONS = ("off", "dynamic", "static"), ("sdpa", "eager")
 SAME_RUN = ("prompt_lens", "new_tokens", "cache", "attention", "threads", "seed")
-KEPT = ("trials", "cold")
+KEPT = ("trials", "cold", "took")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class KvConfig(Config):
             wrong = [word for word in given if word not in known]
             if wrong:
                 raise UserError(f"{flag} takes {', '.join(known)} with commas between them, not {wrong[0]!r}.")
-        if self.lengths and self.figure and importlib.util.find_spec("matplotlib") is None:
+        if self.figure and importlib.util.find_spec("matplotlib") is None:
             raise UserError("--figure needs matplotlib: pip install -r requirements.txt, or leave it out.")
 
     @property
@@ -79,11 +80,11 @@ class KvConfig(Config):
 
     @property
     def kinds(self) -> list[str]:
-        return list(dict.fromkeys(self.cache.split(",")))
+        return list(dict.fromkeys(word.strip() for word in self.cache.split(",")))
 
     @property
     def attentions(self) -> list[str]:
-        return list(dict.fromkeys(self.attention.split(",")))
+        return list(dict.fromkeys(word.strip() for word in self.attention.split(",")))
 
     @property
     def max_new_tokens(self) -> int:
@@ -109,24 +110,31 @@ def run_experiment(
     model: Model | None = None,
     prompt: Sequence[int] | None = None,
     new_tokens: int = 50,
-    static: bool = False,
+    static_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Generate new_tokens after a prompt of exactly prompt_len tokens, with or without a cache, every step timed.
 
-    static: a cache of fixed size instead of one that grows. prompt: its token ids; a standard text where none is given.
-    Seconds and bytes: total_s, prefill_s, decode_s (a list), kv_bytes (held at the end), tokens, prompt_len.
+    model, prompt: the default model and a standard text, or both given (prompt: token ids). static_tokens: a cache of
+    fixed size, taken for so many tokens before the clock starts, instead of one that grows.
+    Seconds and bytes: total_s, prefill_s, decode_s (a list), kv_bytes (held at the end), peak_bytes (the most memory
+    held during the run, weights included; None where the system does not tell), tokens, prompt_len, use_kv_cache.
+    UserError when it cannot run.
     """
     if prompt_len < 1 or new_tokens < 1:
         raise UserError(f"A prompt of {prompt_len} and {new_tokens} new tokens cannot be run: both must be at least 1.")
     if model is None:
         model, tokenizer = default_pair()
         prompt = prompt or exact(tokenizer.codec.encode, prompt_len)
+    if prompt is None or len(prompt) != prompt_len:
+        given = "none is given" if prompt is None else f"the given one has {len(prompt)}"
+        raise UserError(f"A prompt of {prompt_len} tokens is asked for, and {given}: pass its ids as prompt.")
+    check_fits(model, prompt_len, new_tokens)
+    if static_tokens is not None and (not use_kv_cache or static_tokens < prompt_len + new_tokens):
+        raise UserError("static_tokens needs use_kv_cache, and room for the prompt and all new tokens.")
     ids, stats = ids_tensor([list(prompt)]).to(model.device), {}
-    if ids.shape[1] != prompt_len:
-        raise UserError(f"The prompt has {ids.shape[1]} tokens, and prompt_len is {prompt_len}: they must agree.")
     run = with_cache if use_kv_cache else without_cache
-    room = static_cache(model, prompt_len + new_tokens) if use_kv_cache and static else None
-    with timed("total", stats):
+    room = None if static_tokens is None else static_cache(model, static_tokens)
+    with kv_probes.Peak(model.device) as peak, timed("total", stats):
         tokens, held = run(model, ids, new_tokens, stats, room)
     return {
         "prompt_len": prompt_len,
@@ -135,6 +143,7 @@ def run_experiment(
         "prefill_s": stats["prefill"][0],
         "decode_s": stats.get("decode", []),
         "kv_bytes": 0 if held is None else kv_cache_bytes(held),
+        "peak_bytes": peak.whole,
         "tokens": torch.cat(tokens, dim=1)[0].tolist(),
     }
 
@@ -171,10 +180,12 @@ class Matrix:
 
     def __init__(self, model: Model, tokenizer: Tokenizer, config: KvConfig, gemm_size: int) -> None:
         self.model, self.config, self.gemm_size = model, config, gemm_size
-        self.prompts = {n: exact(tokenizer.codec.encode, n) for n in config.lengths}
+        self.probe = ceilings.Probe(model.device)  # before the refusals: it holds memory too
         self.uuid = gpu_uuid(model.device)
         self.skipped = {cell: why for cell in config.cells if (why := self.refusal(cell))}
         self.cells = [cell for cell in config.cells if cell not in self.skipped]
+        self.lengths = sorted({cell.prompt_len for cell in self.cells})
+        self.prompts = {n: exact(tokenizer.codec.encode, n) for n in self.lengths}
 
     def refusal(self, cell: Cell) -> str:
         """Why a cell cannot run here, in a few words; empty when it can."""
@@ -183,7 +194,7 @@ class Matrix:
             return f"skipped: {tokens} tokens exceed the context of {context}"
         needed, free = kv_ledger.needed_bytes(self.model, cell, tokens), kv_probes.free_bytes(self.model.device)
         if needed > 0.8 * free:
-            return f"skipped: needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            return f"skipped: needs about {needed / 1e9:.2g} GB, and {free / 1e9:.2g} GB are free"
         return ""
 
     def run(self, cell: Cell, new_tokens: int | None = None) -> dict[str, Any]:
@@ -195,36 +206,37 @@ class Matrix:
             model=self.model,
             prompt=self.prompts[cell.prompt_len],
             new_tokens=new_tokens or self.config.new_tokens,
-            static=cell.cache == "static",
+            static_tokens=cell.prompt_len + self.config.new_tokens if cell.cache == "static" else None,
         )
 
-    def warm_up(self) -> dict[str, float]:
-        """Every shape once, outside the timer; its first time is kept as a result. Without a cache every step is a new
-        shape: of those the first and the last context are warmed."""
-        found = {}
-        for cell in console.progress(self.cells, len(self.cells), "warm-up"):
-            found[cell.name] = self.run(cell, new_tokens=3)["prefill_s"]
-            if cell.cache == "off":
-                last = torch.tensor([self.prompts[cell.prompt_len] + [0] * (self.config.new_tokens - 1)])
-                recompute(self.model, last.to(self.model.device))
-        return found
+    def warm_up(self) -> tuple[dict[str, float], dict[str, int | None]]:
+        """Every shape once, outside the timer: (its first prefill in seconds, the memory it took) for each cell.
 
-    def trial(self, cell: Cell, probe: ceilings.Probe) -> Trial:
+        Without a cache every step is a new shape: of those the first and the last context are warmed.
+        """
+        cold, took = {}, {}
+        for cell in console.progress(self.cells, len(self.cells), "warm-up"):
+            kv_probes.trim()
+            with kv_probes.Peak(self.model.device) as peak:  # around run_experiment()'s own, which sets the mark back
+                cold[cell.name] = self.run(cell, new_tokens=3)["prefill_s"]
+                if cell.cache == "off":
+                    last = torch.tensor([self.prompts[cell.prompt_len] + [0] * (self.config.new_tokens - 1)])
+                    recompute(self.model, last.to(self.model.device))
+            took[cell.name] = peak.above
+        return cold, took
+
+    def trial(self, cell: Cell) -> Trial:
         """One run between two looks at the machine."""
         usage = Usage()
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        before = probe.anchor(self.model.place.dtype, self.gemm_size)
+        before = self.probe.anchor(self.model.place.dtype, self.gemm_size)
         with Sampler(usage, self.uuid):
             found = self.run(cell)
-        vram = torch.cuda.max_memory_allocated() if self.model.device.type == "cuda" else None
-        after = probe.anchor(self.model.place.dtype, self.gemm_size)
+        after = self.probe.anchor(self.model.place.dtype, self.gemm_size)
         return found | {
             "cache": cell.cache,
             "attention": cell.attention,
             "decode_s": [round(seconds, 6) for seconds in found["decode_s"]],
             "tokens": records.output_hash(found["tokens"]),
-            "peak_bytes": vram or usage.summary()["rss_peak_bytes"],
             "gpu_percent_mean": usage.summary()["gpu_percent_mean"],
             "anchor_s": (before.seconds + after.seconds) / 2,
             "bytes_per_s": max(before.bytes_per_s, after.bytes_per_s),
@@ -234,7 +246,7 @@ class Matrix:
 
 def measure(matrix: Matrix, record: dict[str, Any]) -> None:
     """Rounds of all cells, in turning order. What is in the record already is not run again."""
-    config, probe = matrix.config, ceilings.Probe(matrix.model.device)
+    config = matrix.config
     done = {(t["round"], Cell.of(t)) for t in record["trials"]}
     todo = [
         (turn, cell)
@@ -244,7 +256,7 @@ def measure(matrix: Matrix, record: dict[str, Any]) -> None:
     ]
     with console.bar(sum(weight(config, cell) for _, cell in todo), "cells") as advance:
         for turn, cell in todo:
-            record["trials"].append({"round": turn, "run": record["id"]} | matrix.trial(cell, probe))
+            record["trials"].append({"round": turn, "run": record["id"]} | matrix.trial(cell))
             advance(weight(config, cell))
 
 
@@ -256,14 +268,14 @@ def weight(config: KvConfig, cell: Cell) -> float:
 def probes(matrix: Matrix, record: dict[str, Any]) -> None:
     """The small tables of the ledger: memory as it really grows, reserving against blocks, attention's share."""
     model, config = matrix.model, matrix.config
-    lengths = sorted({cell.prompt_len for cell in matrix.cells})
     model.net.set_attn_implementation(config.attentions[0])
-    rows = {n: ids_tensor([matrix.prompts[n]]).to(model.device) for n in lengths}
-    record["growth"] = kv_probes.growth(partial(prefill, model), rows[lengths[-1]], kv_cache_bytes, model.device)
-    record["reserved"] = kv_probes.reserved(model, lengths, config.new_tokens)
+    read, step = partial(prefill, model), partial(decode_step, model)
+    rows = {n: ids_tensor([matrix.prompts[n]]).to(model.device) for n in matrix.lengths}
+    record["growth"] = kv_probes.growth(read, rows[matrix.lengths[-1]], kv_cache_bytes, model.device)
+    record["reserved"] = kv_probes.reserved(model, matrix.lengths, config.new_tokens)
     record["shares"] = [
-        kv_probes.attention_share(model.device, partial(prefill, model), partial(decode_step, model), ids)
-        for ids in console.progress(list(rows.values()), len(rows), "attention")
+        kv_probes.attention_share(model.device, read, step, ids, room=(model.context or n + config.new_tokens) - n)
+        for n, ids in console.progress(list(rows.items()), len(rows), "attention")
     ]
 
 
@@ -272,8 +284,8 @@ def describe(matrix: Matrix, template: str) -> dict[str, Any]:
     return {
         "model": model.description(),
         "template": template,
-        "prompt": f"a text of {config.prompt_lens} tokens",
-        "prompt_tokens": max(config.lengths),
+        "prompt": f"the longest of {', '.join(map(str, matrix.lengths))} tokens",
+        "prompt_tokens": matrix.lengths[-1],
         "batch_policy": "one request at a time",
         "kv_cache": config.cache,
         "cells": [cell.as_list() for cell in config.cells],
@@ -302,12 +314,10 @@ def main(argv: list[str] | None = None) -> int:
     record["config"]["max_new_tokens"] = config.new_tokens
     page.show(model_table(record))
     old = records.unfinished(config, record, SAME_RUN, config.rounds * len(matrix.cells))
-    cold = matrix.warm_up()  # a run that goes on is a new process: it begins cold too
+    record["cold"], record["took"] = matrix.warm_up()  # a run that goes on is a new process: it begins cold too
     if old:
         record |= {name: old[name] for name in KEPT} | {"resumed_from": old["id"]}
         page.show(f"Going on with [{old['id']}]: {len(old['trials'])} trials of it are not run again.", keep=False)
-    else:
-        record["cold"] = cold
     failure = run(matrix, record)
     status = report(config, record, page)
     if failure:
@@ -319,8 +329,8 @@ def run(matrix: Matrix, record: dict[str, Any]) -> Exception | None:
     """All that is measured. Whatever ends it early, what was measured until then is kept."""
     failure: Exception | None = None
     try:
-        probes(matrix, record)  # first, while the process has taken little memory
         measure(matrix, record)
+        probes(matrix, record)  # last: if one of them fails, the trials are kept
     except KeyboardInterrupt:
         record["partial"] = True
     except Exception as error:

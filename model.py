@@ -162,8 +162,11 @@ def last_only(model: Model) -> dict[str, int]:
 
 
 def static_cache(model: Model, tokens: int) -> StaticCache:
-    """A cache whose memory is taken once, for so many tokens: nothing is copied when a token is added."""
-    return StaticCache(config=model.net.config, max_cache_len=tokens)
+    """A cache whose memory is taken now and once, for so many tokens: nothing is copied when a token is added."""
+    cache = StaticCache(config=model.net.config, max_cache_len=tokens)
+    _, _, kv_heads, head_dim = model.heads
+    cache.early_initialization(1, kv_heads, head_dim, model.place.dtype, model.device)
+    return cache
 
 
 @torch.inference_mode()
@@ -311,6 +314,8 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig, place: Place) -> Mod
     net, weights_hash = load_net(checkpoint, place.device, place.dtype, config.attention, config.seed)
     if not hasattr(net.config.get_text_config(), "num_attention_heads"):
         raise UserError(f"{checkpoint.name} has no attention and so no KV cache to look at: name a transformer.")
+    if "past_key_values" not in inspect.signature(net.forward).parameters:
+        raise UserError(f"{checkpoint.name} cannot keep a KV cache in transformers: name another model.")
     eos = net.generation_config.eos_token_id
     return Model(
         net=net.eval(),

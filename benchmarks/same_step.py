@@ -14,7 +14,17 @@ ROUNDS, NEW_TOKENS = 8, 24
 
 
 def record(script: str, config: PromptConfig, *words: str) -> dict:
-    given = ["--model", config.model or "smollm2", "--device", config.device, "--dtype", config.dtype, "--json", "-"]
+    given = [
+        "--model",
+        config.model or "smollm2",
+        "--device",
+        config.device,
+        "--dtype",
+        config.dtype,
+        "--seed",
+        str(config.seed),
+    ]
+    given += ["--threads", str(config.threads), "--json", "-"]
     done = subprocess.run([sys.executable, script, *given, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{script} failed, so it was not compared: {done.stderr.strip()[-300:]}")

@@ -33,16 +33,19 @@ class Item:
 
 
 def batch_sizes(least: int) -> Callable[[dict[str, Any]], bool]:
-    return lambda record: len(record.get("config", {}).get("batch_sizes", "").split(",")) >= least
+    return lambda record: len({trial["batch_size"] for trial in record.get("trials", [])}) >= least
 
 
 def kv_on_and_off(lengths: int) -> Callable[[dict[str, Any]], bool]:
-    """Both ways, at this many prompt lengths."""
+    """At so many prompt lengths, both ways ran and gave the same tokens."""
 
     def shows(record: dict[str, Any]) -> bool:
-        config = record.get("config", {})
-        kinds = config.get("cache", "").split(",")
-        return "off" in kinds and len(kinds) > 1 and len(config.get("prompt_lens", "").split(",")) >= lengths
+        found: dict[int, tuple[set, set]] = {}
+        for trial in record.get("trials", []):
+            ways, tokens = found.setdefault(trial["prompt_len"], (set(), set()))
+            ways.add(trial["cache"] == "off")
+            tokens.add(trial["tokens"])
+        return sum(len(ways) == 2 and len(tokens) == 1 for ways, tokens in found.values()) >= lengths
 
     return shows
 

@@ -7,7 +7,7 @@ it predicts points that it has not seen, and the simplest of those that predict 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from statistics import mean
 
 import numpy as np
@@ -80,46 +80,56 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Growth:
-    """law: the chosen one, fitted to all points. errors: name -> RMS relative error on points held out."""
+    """law: the chosen one, fitted to all points. errors: name -> RMS relative error on points held out.
+
+    alike: every law that is not shown to predict worse than the best; the chosen one is the simplest of them.
+    """
 
     law: Law
     errors: dict[str, float]
     span: tuple[float, float]
+    alike: tuple[str, ...] = ()
 
 
-def growth(x: Sequence[float], y: Sequence[float]) -> Growth:
+def growth(x: Sequence[float], y: Sequence[float], groups: Sequence[int] | None = None) -> Growth:
     """The law by which y grows with x: the simplest whose held-out error is not worse than the best one's.
 
-    Blocks of neighbouring places are held out in turn, so that the ends must be predicted from the rest: laws part
-    where they are extended. "Not worse": a one-sided t test at 5 % over the blocks does not show it to be worse (in the
-    spirit of Breiman, Friedman, Olshen, Stone 1984, section 3.4.3). ValueError below four places.
+    Parts are held out in turn, so that the ends must be predicted from the rest: laws part where they are extended.
+    groups: the part of each point, such as the run that it comes from; what all points of a run have in common (the
+    machine was slow then) must not help to predict them. Without it, or with fewer than four, parts are blocks of
+    neighbours. "Not worse": a one-sided t test at 5 % over the parts does not show it to be worse (in the spirit of
+    Breiman, Friedman, Olshen, Stone 1984, section 3.4.3). ValueError below four places.
     """
-    order = sorted(range(len(x)), key=lambda i: x[i])
-    xs, ys = [x[i] for i in order], [y[i] for i in order]
-    if len(set(xs)) < FEWEST_PLACES:
-        raise ValueError(f"a law needs points at {FEWEST_PLACES} places at least, and there are {len(set(xs))}")
-    squares = {name: held_out(lambda a, b, name=name: fitted(name, a, b), xs, ys) for name in LAWS}
+    if len(set(x)) < FEWEST_PLACES:
+        raise ValueError(f"a law needs points at {FEWEST_PLACES} places at least, and there are {len(set(x))}")
+    parts = groups if groups is not None and len(set(groups)) >= FEWEST_PLACES else blocks(x)
+    squares = {name: held_out(partial(fitted, name), x, y, parts) for name in LAWS}
     best = min(LAWS, key=lambda name: mean(squares[name]))
-    chosen = next(name for name in LAWS if alike(squares[name], squares[best]))
+    alike = tuple(name for name in LAWS if not_worse(squares[name], squares[best]))
     errors = {name: math.sqrt(mean(values)) for name, values in squares.items()}
-    return Growth(fitted(chosen, xs, ys), errors, (xs[0], xs[-1]))
+    return Growth(fitted(alike[0], x, y), errors, (min(x), max(x)), alike)
 
 
-def held_out(fit: Callable[[Sequence, Sequence], Law], xs: list[float], ys: list[float]) -> list[float]:
-    """For each block of neighbours: the mean squared relative error of the law fitted to the other blocks."""
-    places = sorted(set(xs))
-    blocks = min(BLOCKS, len(places))
-    edges = [round(i * len(places) / blocks) for i in range(blocks + 1)]
+def blocks(x: Sequence[float]) -> list[int]:
+    """The number of the block of neighbouring places that each point lies in."""
+    places = sorted(set(x))
+    count = min(BLOCKS, len(places))
+    return [places.index(place) * count // len(places) for place in x]
+
+
+def held_out(
+    fit: Callable[[Sequence, Sequence], Law], x: Sequence[float], y: Sequence[float], parts: Sequence[int]
+) -> list[float]:
+    """For each part: the mean squared relative error of the law fitted to the others."""
     found = []
-    for low, high in pairwise(edges):
-        out = set(places[low:high])
-        kept = [i for i, x in enumerate(xs) if x not in out]
-        law = fit([xs[i] for i in kept], [ys[i] for i in kept])
-        found.append(mean((law(x) / y - 1) ** 2 for x, y in zip(xs, ys, strict=True) if x in out))
+    for part in sorted(set(parts)):
+        kept = [i for i, other in enumerate(parts) if other != part]
+        law = fit([x[i] for i in kept], [y[i] for i in kept])
+        found.append(mean((law(x[i]) / y[i] - 1) ** 2 for i, other in enumerate(parts) if other == part))
     return found
 
 
-def alike(errors: Sequence[float], best: Sequence[float]) -> bool:
-    """Whether the first law's errors are not shown to be greater than the best one's, as ratios paired by block."""
+def not_worse(errors: Sequence[float], best: Sequence[float]) -> bool:
+    """Whether the first law's errors are not shown to be greater than the best one's, as ratios paired by part."""
     ratios = [math.log(max(a, TINY) / max(b, TINY)) for a, b in zip(errors, best, strict=True)]
     return mean(ratios) <= t_half_width(ratios, 0.9)

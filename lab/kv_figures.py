@@ -6,11 +6,12 @@ A trial is one cell (prompt length, kind of cache, attention kernel) in one roun
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import mean, median
 from typing import Any
 
 from lab import roofline
-from lab.fits import Growth, exponent, growth
+from lab.fits import Growth, exponent, growth, line
 from lab.verdict import Verdict, t_half_width, verdict
 
 Trial = dict[str, Any]
@@ -75,6 +76,17 @@ def same_tokens(record: Record, prompt_len: int) -> bool:
     return len({trial["tokens"] for trial in record["trials"] if trial["prompt_len"] == prompt_len}) <= 1
 
 
+def valid(record: Record) -> Record:
+    """The record without the prompts whose tokens differ: no figure, law or sentence may rest on those."""
+    return record | {"trials": [t for t in record["trials"] if same_tokens(record, t["prompt_len"])]}
+
+
+def expected_bytes(record: Record, trial: Trial) -> int:
+    """By the formula: a growing cache holds all tokens but the last, which is never read; a fixed one its room."""
+    tokens = trial["prompt_len"] + len(trial["decode_s"]) + (trial["cache"] == "static")
+    return 0 if trial["cache"] == "off" else tokens * record["ledger"]["token_bytes"]
+
+
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float] | None:
     """95 %, by Student's t over the rounds; None below two."""
     if len(values) < 2:
@@ -106,40 +118,65 @@ def contexts(trial: Trial) -> list[int]:
     return [trial["prompt_len"] + i + 1 for i in range(len(trial["decode_s"]))]
 
 
-def step_points(record: Record, cache: str, attention: str, rounds: Sequence[int] | None = None) -> dict[int, float]:
-    """Context -> the median over the rounds of a decode step there. The first step of a run is left out.
+@dataclass(frozen=True)
+class Steps:
+    """Decode steps by context, in tokens and seconds; run: the prompt length that each was measured after."""
+
+    context: list[int]
+    seconds: list[float]
+    run: list[int]
+
+
+def steps(record: Record, cache: str, attention: str, turn: int | None = None) -> Steps:
+    """The median over the rounds (or one round's) of each decode step. The first step of a run is left out.
 
     It is often a slow one (a shape that comes for the first time), and would bend a law at each prompt length.
     """
-    found: dict[int, list[float]] = {}
+    found: dict[tuple[int, int], list[float]] = {}
     for trial in record["trials"]:
-        if (trial["cache"], trial["attention"]) == (cache, attention) and (rounds is None or trial["round"] in rounds):
+        if (trial["cache"], trial["attention"]) == (cache, attention) and turn in (None, trial["round"]):
             for context, seconds in list(zip(contexts(trial), trial["decode_s"], strict=True))[1:]:
-                found.setdefault(context, []).append(seconds)
-    return {context: median(found[context]) for context in sorted(found)}
+                found.setdefault((context, trial["prompt_len"]), []).append(seconds)
+    order = sorted(found)
+    return Steps([context for context, _ in order], [median(found[key]) for key in order], [run for _, run in order])
 
 
 def step_growth(record: Record, cache: str, attention: str) -> Growth | None:
-    """The law by which a decode step grows with its context; None where there are too few contexts."""
-    return grown(step_points(record, cache, attention))
+    """The law by which a decode step grows with its context; None where there are too few contexts.
+
+    Whole prompt lengths are held out, so that a run in a slow minute cannot vouch for itself.
+    """
+    found = steps(record, cache, attention)
+    return grown(found.context, found.seconds, found.run)
+
+
+def by_round(record: Record, cache: str, attention: str, figure: Callable[[Steps], float]) -> list[float]:
+    """A figure of each round's steps alone; rounds that an interruption left without some prompts are left out."""
+    each = [steps(record, cache, attention, turn) for turn in sorted({trial["round"] for trial in record["trials"]})]
+    most = max((len(set(found.run)) for found in each), default=0)
+    return [figure(found) for found in each if len(set(found.run)) == most and len(found.context) > 1]
 
 
 def step_exponent(record: Record, cache: str, attention: str) -> tuple[float, float | None]:
     """(p of step ~ context^p, half its 95 % interval over the rounds)."""
-    turns = sorted({trial["round"] for trial in record["trials"]})
-    each = [step_points(record, cache, attention, [turn]) for turn in turns]
-    found = [exponent(list(points), list(points.values())) for points in each if len(points) > 1]
+    found = by_round(record, cache, attention, lambda one: exponent(one.context, one.seconds))
+    return mean(found), t_half_width(found) if len(found) > 1 else None
+
+
+def step_slope(record: Record, cache: str, attention: str) -> tuple[float, float | None]:
+    """(seconds that a step grows by with each token of context, half its 95 % interval over the rounds)."""
+    found = by_round(record, cache, attention, lambda one: line(one.context, one.seconds).slope)
     return mean(found), t_half_width(found) if len(found) > 1 else None
 
 
 def total_growth(record: Record, cache: str, attention: str) -> Growth | None:
     """The law by which the total time grows with the prompt length."""
     found = {
-        cell.prompt_len: median(map(total_s, trials))
+        cell.prompt_len: mean(map(total_s, trials))
         for cell, trials in cells(record).items()
         if (cell.cache, cell.attention) == (cache, attention)
     }
-    return grown(found)
+    return grown(list(found), list(found.values()))
 
 
 def length_growth(record: Record, cell: Cell) -> Growth | None:
@@ -147,14 +184,14 @@ def length_growth(record: Record, cell: Cell) -> Growth | None:
     trials = cells(record).get(cell, [])
     if not trials:
         return None
-    steps = [median(t["decode_s"][i] for t in trials) for i in range(min(len(t["decode_s"]) for t in trials))]
-    first = median(trial["prefill_s"] for trial in trials)
-    return grown({n + 2: first + math.fsum(steps[: n + 1]) for n in range(len(steps))} | {1: first})
+    each = [mean(column) for column in zip(*(trial["decode_s"] for trial in trials), strict=True)]
+    sums = list(accumulate(each, initial=mean(trial["prefill_s"] for trial in trials)))
+    return grown(list(range(1, len(sums) + 1)), sums)
 
 
-def grown(points: dict[int, float]) -> Growth | None:
+def grown(x: Sequence[float], y: Sequence[float], groups: Sequence[int] | None = None) -> Growth | None:
     try:
-        return growth(list(points), list(points.values()))
+        return growth(x, y, groups)
     except ValueError:
         return None
 

@@ -31,10 +31,10 @@ def draw(record: Record, folder: Path = ROOT / "results" / "figures") -> str:
 def steps_panel(record: Record, axes) -> None:
     """Points: the median step at each context. Lines: the law that predicts held-out points best."""
     for i, (cache, attention) in enumerate(kinds(record)):
-        points = figures.step_points(record, cache, attention)
+        points = figures.steps(record, cache, attention)
         axes.plot(
-            list(points),
-            [1e3 * s for s in points.values()],
+            points.context,
+            [1e3 * s for s in points.seconds],
             ".",
             ms=3,
             color=f"C{i}",

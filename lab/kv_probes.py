@@ -1,5 +1,7 @@
 """Small measurements beside the formulas: memory as it really grows, reserving against blocks, attention's share."""
 
+import contextlib
+import ctypes
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,22 +18,69 @@ from metrics import synchronize
 
 CACHES = 4  # held at once, so that their bytes stand out from the allocator's own
 REQUESTS = 16
-STEPS, PROFILES = 6, 3  # the median of some profiles: a short one can meet a busy moment
+SHARE = 0.25  # of the free memory: the most that a probe may take
+STEPS, PROFILES = 4, 3  # the median of some profiles: a short one can meet a busy moment
+LINUX = Path("/proc/self")
+
+
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status; OSError where there is none."""
+    for line in (LINUX / "status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} here")
+
+
+def trim() -> None:
+    """Give freed memory back to the system, or the next allocation would be served from it and not be seen."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def held_bytes(device: torch.device) -> int:
-    """Memory that this process holds for data: the GPU allocator's count, else anonymous resident memory.
+    """Memory that this process holds for data: the GPU allocator's count, else anonymous resident memory (RssAnon).
 
-    RssAnon counts whole pages (4 KiB), and pages that the C library keeps for later stay counted.
+    RssAnon counts whole pages of 4 KiB; trim() first, or freed memory that the C library kept is in it.
     """
     if device.type == "cuda":
         synchronize()
         return torch.cuda.memory_allocated()
     try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
-    except (OSError, StopIteration):
+        return status_bytes("RssAnon")
+    except OSError:
         return psutil.Process().memory_info().rss
+
+
+class Peak:
+    """with Peak(device) as peak: the most memory held inside, peak.whole in all and peak.above what was held before.
+
+    CUDA: the allocator's. Linux: the kernel's own high-water mark of resident memory, set back at the start; None
+    elsewhere. It is exact where a sampler would miss what lives shorter than its interval.
+    """
+
+    whole: int | None = None
+    above: int | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __enter__(self) -> "Peak":
+        self.before = None
+        if self.cuda:
+            synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            with contextlib.suppress(OSError):
+                (LINUX / "clear_refs").write_text("5")  # proc_pid_clear_refs(5)
+                self.before = status_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            self.whole = torch.cuda.max_memory_allocated() if self.cuda else status_bytes("VmHWM")
+            self.above = self.whole - self.before
 
 
 def free_bytes(device: torch.device) -> int:
@@ -44,30 +93,36 @@ def growth(
     ids: torch.Tensor,
     cache_bytes: Callable[[Any], int],
     device: torch.device,
-) -> dict[str, int]:
-    """Hold a few caches of one prompt: what their tensors say, and what the process really grew by."""
-    prefill(ids)  # the first pass takes scratch memory that is kept for the next ones
-    gc.collect()
+) -> dict[str, int] | None:
+    """Hold a few caches of one prompt: what their tensors say, and what the process really grew by.
+
+    None where so many would take more than a quarter of what is free.
+    """
+    size = cache_bytes(prefill(ids)[1])  # this pass also takes scratch memory that is kept for the next ones
+    if CACHES * size > SHARE * free_bytes(device):
+        return None
+    trim()
     before = held_bytes(device)
     held = [prefill(ids)[1] for _ in range(CACHES)]
-    gc.collect()
+    trim()
     grew = held_bytes(device) - before
-    return {
-        "caches": CACHES,
-        "tokens": ids.shape[1] * CACHES,
-        "tensor_bytes": sum(map(cache_bytes, held)),
-        "grew_bytes": grew,
-    }
+    return {"caches": CACHES, "tokens": ids.shape[1] * CACHES, "tensor_bytes": sum(map(cache_bytes, held)),
+            "grew_bytes": grew}  # fmt: skip
 
 
-def reserved(model: Any, prompt_lens: Sequence[int], new_tokens: int) -> dict[str, int]:
-    """Reserve for a mix of requests: the longest for all, or blocks for each. Both are really taken and touched."""
+def reserved(model: Any, prompt_lens: Sequence[int], new_tokens: int) -> dict[str, int] | None:
+    """Reserve for a mix of requests: the longest for all, or blocks for each. Both are really taken and touched.
+
+    None where that would take more than a quarter of what is free.
+    """
     longest = max(prompt_lens) + new_tokens
     each = model.kv_bytes_per_token()
+    if REQUESTS * longest * each > SHARE * free_bytes(model.device):
+        return None
     tokens = mixed_lengths("mixed", longest, REQUESTS)
     found = {"requests": REQUESTS, "longest": longest, "used": sum(tokens) * each}
     for name, sizes in (("maximum", [longest] * REQUESTS), ("blocks", list(map(in_blocks, tokens)))):
-        gc.collect()
+        trim()
         before = held_bytes(model.device)
         held = [torch.ones(size * each, dtype=torch.uint8, device=model.device) for size in sizes]
         found[name] = held_bytes(model.device) - before
@@ -81,17 +136,22 @@ def attention_share(
     prefill: Callable[[torch.Tensor], tuple[Any, Any]],
     decode_step: Callable[[Any, Any], tuple[Any, Any]],
     ids: torch.Tensor,
-) -> dict[str, float]:
-    """The share of attention proper (scores, softmax, weighted sum; not its projections) in a prefill and a step."""
-    state = decode_step(*prefill(ids))
-    found: dict[str, list[float]] = {"prefill": [], "decode": [], "copying": []}
-    for _ in range(PROFILES):
-        first = profiled(device, lambda: prefill(ids), lambda state: state, 0, None)
-        steps = profiled(device, lambda: state, lambda _: decode_step(*state), STEPS, None)
-        found["prefill"].append(share_of(first, ATTENTION))
+    room: int,
+) -> dict[str, Any]:
+    """The share of attention proper (scores, softmax, weighted sum; not its projections) in a prefill and a step.
+
+    room: tokens that may follow the prompt; without any, the shares of a step are None.
+    """
+    token, cache = prefill(ids)
+    first = profiled(device, lambda: prefill(ids), lambda state: state, 0, None)
+    found: dict[str, list[float]] = {"decode": [], "copying": []}
+    for _ in range(PROFILES if room > 0 else 0):
+        steps = profiled(device, lambda: (token, cache), lambda state: decode_step(*state), min(STEPS, room), None)
+        cache.crop(ids.shape[1] - cache.get_seq_length())  # back to the prompt: every profile sees the same contexts
         found["decode"].append(share_of(steps, ATTENTION))
         found["copying"].append(share_of(steps, COPYING))
-    return {"tokens": ids.shape[1]} | {name: median(shares) for name, shares in found.items()}
+    shares = {name: median(values) if values else None for name, values in found.items()}
+    return {"tokens": ids.shape[1], "prefill": share_of(first, ATTENTION)} | shares
 
 
 # aten::bmm and softmax are eager attention's own operators; the fused kernels carry attention in their names.

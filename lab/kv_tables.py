@@ -8,6 +8,8 @@ from lab.kv_figures import Cell, Record, cells, compared, interval_of_mean
 from lab.kv_ledger import BLOCK
 from metrics import NONE, mb, ms, number, span, table
 
+COARSE = 5e6  # bytes: pages and the C library's own share make RssAnon useless below
+
 
 def sections(record: Record) -> list[str]:
     found = [owners_table(record), against_table(record), law_table(record), ledger_table(record), fit_table(record)]
@@ -39,7 +41,7 @@ def owners_table(record: Record) -> str:
                 ms(median(trial["decode_s"][0] for trial in trials)),
                 ms(median(trial["decode_s"][-1] for trial in trials)),
                 mb(trials[0]["kv_bytes"]),
-                mb(max(trial["peak_bytes"] for trial in trials), 0),
+                took(record, cell),
                 f"{least['total']:.3f} ({least['total'] / mean(totals):.0%})" if least else NONE,
                 "; ".join(notes(record, cell)),
             )
@@ -53,9 +55,15 @@ def owners_table(record: Record) -> str:
         f"### KV cache: {record['config']['new_tokens']} new tokens after prompts of these lengths\n\n"
         + table(columns, rows)
         + "\n\nAvg Token Latency: the mean decode step, the prefill not in it. Intervals: Student's t over the rounds. "
-        "Roofline: prefill and all steps at the bandwidth and the matrix rate read around each run. Peak: "
-        f"{'the GPU allocator' if record['model']['device'] == 'cuda' else 'resident memory, weights included'}."
+        "Roofline: prefill and all steps at the bandwidth and the matrix rate read around each run. Peak: the most "
+        f"memory that the warm-up of this cell took, beyond the weights and all else held before "
+        f"({'the GPU allocator' if record['model']['device'] == 'cuda' else 'resident memory'})."
     )
+
+
+def took(record: Record, cell: Cell) -> str:
+    size = record["took"].get(cell.name)
+    return NONE if size is None else mb(size, 0)
 
 
 def notes(record: Record, cell: Cell) -> list[str]:
@@ -65,6 +73,8 @@ def notes(record: Record, cell: Cell) -> list[str]:
         found.append("TOKENS DIFFER: void")
     if not all(map(figures.conserved, trials)):
         found.append("conservation of time BROKEN")
+    if any(trial["kv_bytes"] != figures.expected_bytes(record, trial) for trial in trials):
+        found.append(f"KV is not the formula's {mb(figures.expected_bytes(record, trials[0]))} MB")
     return found
 
 
@@ -74,6 +84,9 @@ def against_table(record: Record) -> str:
     for cell in cells(record):
         base = cell.other("off")
         if cell == base or base not in cells(record):
+            continue
+        if not figures.same_tokens(record, cell.prompt_len):
+            rows.append((cell.prompt_len, cell.cache, NONE, "VOID", NONE, "VOID", "their tokens differ"))
             continue
         whole, step = compared(record, cell, base, figures.total_s), compared(record, cell, base, figures.token_s)
         rows.append((cell.prompt_len, cell.cache, times(whole), whole.word, times(step), step.word, whole.reason))
@@ -91,13 +104,15 @@ def times(said) -> str:
 
 def law_table(record: Record) -> str:
     """Each law's error on points that it has not seen, for every growth that was looked at."""
-    rows = [law_row(what, growth) for what, growth in growths(record)]
+    rows = [law_row(what, growth) for what, growth in growths(figures.valid(record))]
     columns = [("what grows, with what", "left"), ("seen from", "right"), ("to", "right"),
-               *((f"{name} %", "right") for name in LAWS), ("law (n in tokens, seconds)", "left")]  # fmt: skip
+               *((f"{name} %", "right") for name in LAWS), ("law (n in tokens, seconds)", "left"),
+               ("predicts as well", "left")]  # fmt: skip
     return (
         "### By which law does it grow? (error on held-out points)\n\n" + table(columns, rows) + "\n\n"
-        "The law named is the simplest that predicts no worse than the best. Held out in turn: blocks of neighbours, "
-        "so that the ends are predicted from the rest."
+        "The law named is the simplest that is not shown to predict worse than the best (t test, 5 %); others of which "
+        "that is true stand beside it. Held out in turn: for steps all of one prompt length, else blocks of "
+        "neighbours, so that the ends are predicted from the rest."
     )
 
 
@@ -119,8 +134,10 @@ def kinds(record: Record) -> list[tuple[str, str]]:
 
 def law_row(what: str, growth: Growth | None) -> tuple:
     if growth is None:
-        return (what, NONE, NONE, *[NONE] * len(LAWS), "too few places for a law")
-    return (what, *(f"{end:g}" for end in growth.span), *(error(growth.errors[name]) for name in LAWS), str(growth.law))
+        return (what, NONE, NONE, *[NONE] * len(LAWS), "too few places for a law", "")
+    others = ", ".join(name for name in growth.alike if name != growth.law.name)
+    span = (f"{end:g}" for end in growth.span)
+    return (what, *span, *(error(growth.errors[name]) for name in LAWS), str(growth.law), others)
 
 
 def error(value: float) -> str:
@@ -168,36 +185,47 @@ def fit_table(record: Record) -> str:
 
 
 def probes_table(record: Record) -> str:
-    """Formula, tensors and the process; the longest for all against blocks. All measured."""
-    own, grew, kept = record["ledger"], record["growth"], record["reserved"]
-    predicted, what = grew["tokens"] * own["token_bytes"], f"{grew['tokens']:,} tokens in {grew['caches']} caches"
-    rows = [
-        (what, mb(predicted), mb(grew["tensor_bytes"]), mb(grew["grew_bytes"]),
-         f"{grew['grew_bytes'] / predicted - 1:+.1%}"),
-        *((f"{kept['requests']} requests, reserving {name}", mb(kept[f"{key}_formula"]), NONE, mb(kept[key]),
-           f"{1 - kept['used'] / kept[f'{key}_formula']:.0%} empty")
-          for key, name in (("maximum", f"the longest ({kept['longest']} tokens)"), ("blocks", f"blocks of {BLOCK}"))),
-    ]  # fmt: skip
+    """Formula, tensors and the process; the longest for all against blocks."""
+    grew, kept, rows = record["growth"], record["reserved"], []
+    if grew:
+        predicted = grew["tokens"] * record["ledger"]["token_bytes"]
+        rows.append((f"{grew['tokens']:,} tokens in {grew['caches']} caches", mb(predicted), mb(grew["tensor_bytes"]),
+                     *against(grew["grew_bytes"], predicted), ""))  # fmt: skip
+    for key, name in (("maximum", "the longest length for each"), ("blocks", f"blocks of {BLOCK} tokens")):
+        if kept:
+            empty = 1 - kept["used"] / kept[f"{key}_formula"]
+            rows.append((f"{kept['requests']} requests of up to {kept['longest']}: {name}", mb(kept[f"{key}_formula"]),
+                         NONE, *against(kept[key], kept[f"{key}_formula"]), f"{empty:.0%}"))  # fmt: skip
     columns = [("what is held", "left"), ("formula MB", "right"), ("tensors MB", "right"),
-               ("the process grew MB", "right"), ("", "right")]  # fmt: skip
+               ("the process grew MB", "right"), ("against the formula", "right"), ("never used", "right")]  # fmt: skip
+    resolution = "" if record["model"]["device"] == "cuda" else "; under 5 MB its resolution is too coarse to judge by"
     return (
-        "### Formula against memory\n\n" + table(columns, rows) + "\n\n"
-        "Growth: the GPU allocator's count, or on a CPU anonymous resident memory (RssAnon: whole pages of 4 KiB, and "
-        "what the allocator had left over is used first). The requests of the mix need "
-        f"{mb(kept['used'])} MB: a quarter of the longest to all of it, evenly spread."
+        "### Formula against memory\n\n"
+        + (table(columns, rows) if rows else "Too little memory is free for it.")
+        + "\n\nGrowth: the GPU allocator's count, or on a CPU anonymous resident memory (RssAnon, whole pages of 4 KiB"
+        f"{resolution}). The requests need a quarter of the longest length to all of it, evenly spread; a cache in "
+        "blocks leaves empty only the rest of each last block."
     )
+
+
+def against(grew: int, predicted: int) -> tuple[str, str]:
+    """(MB, how far off) of what the process grew by; too small a growth is not judged."""
+    return mb(grew), f"{grew / predicted - 1:+.1%}" if predicted > COARSE else NONE
 
 
 def share_table(record: Record) -> str:
     """Attention's own operators against everything, by context."""
     rows = [
-        (f"{row['tokens']:,}", f"{row['prefill']:.1%}", f"{row['decode']:.1%}", f"{row['copying']:.1%}")
+        (
+            f"{row['tokens']:,}",
+            *(NONE if row[key] is None else f"{row[key]:.1%}" for key in ("prefill", "decode", "copying")),
+        )
         for row in record["shares"]
     ]
     columns = [("context", "right"), ("of a prefill", "right"), ("of a decode step", "right"),
                ("copying, of a decode step", "right")]  # fmt: skip
     return (
         f"### Attention's share ({record['config']['attention'].split(',')[0]})\n\n" + table(columns, rows) + "\n\n"
-        "Scores, softmax and weighted sum, without the projections, by the profiler's operators; copying: the cache "
-        "that is copied to grow, and keys that are repeated for grouped heads."
+        "Scores, softmax and weighted sum, without the projections, by the profiler's operators. Copying: every cat, "
+        "copy and clone, among them the cache that is copied to grow and keys that are repeated for grouped heads."
     )

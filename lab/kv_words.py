@@ -1,6 +1,6 @@
 """Day 3's answers in plain sentences, and the warnings that belong beside them, from a record of the experiment."""
 
-from statistics import median
+from statistics import mean
 
 from lab import kv_figures as figures
 from lab import roofline
@@ -8,13 +8,16 @@ from lab.fits import Growth
 from lab.kv_figures import Cell, Record, cells, compared
 from lab.kv_tables import kinds, times
 from lab.verdict import FEWEST_ROUNDS, steady_rounds
-from metrics import mb, ms
+from metrics import ms
 
 TURNS, TURN_TOKENS = 10, 50  # a chat: so many turns, with so many tokens asked and answered in each
 
 
 def sentences(record: Record) -> list[str]:
-    """The answers to Day 3's question, from these numbers alone."""
+    """The answers to Day 3's question, from these numbers alone. Prompts whose tokens differ have no say."""
+    record = figures.valid(record)
+    if not record["trials"]:
+        return ["No prompt gave the same tokens in every way, so nothing can be said."]
     return [*saved(record), *laws(record), *break_even(record), *chat(record), *eaten(record), *shares(record)]
 
 
@@ -31,10 +34,8 @@ def saved(record: Record) -> list[str]:
     found, lines = cells(record), []
     for on, off in pairs(record):
         said = compared(record, on, off, figures.total_s)
-        seconds = [median(map(figures.total_s, found[cell])) for cell in (off, on)]
-        lines.append(
-            f"prompt {on.prompt_len}: {seconds[1]:.2f} s instead of {seconds[0]:.2f}, ×{times(said)} {said.word}"
-        )
+        without, with_it = (short(mean(map(figures.total_s, found[cell]))) for cell in (off, on))
+        lines.append(f"prompt {on.prompt_len}: {with_it} s instead of {without}, ×{times(said)} {said.word}")
     if not lines:
         return ["Cache on and off were not both measured, so nothing can be said of what it saves."]
     return [f"When does the cache save you? {record['config']['new_tokens']} new tokens take {'; '.join(lines)}."]
@@ -44,35 +45,45 @@ def laws(record: Record) -> list[str]:
     lines = []
     for cache, attention in kinds(record):
         growth = figures.step_growth(record, cache, attention)
-        if growth is None:
-            lines.append(f"Cache {cache}: too few contexts for a law of growth.")
-            continue
         what = "Without a cache" if cache == "off" else f"With the {cache} cache"
         what += f" ({attention})" if len({a for _, a in kinds(record)}) > 1 else ""
+        if growth is None:
+            lines.append(f"{what}: too few contexts for a law of growth.")
+            continue
         over = f"over contexts of {growth.span[0]:g} to {growth.span[1]:g} tokens"
         if growth.law.name == "constant":
-            lines.append(
-                f"{what} a decode step takes {ms(growth.law(0))} ms {over}: no growth is told from the "
-                f"scatter of {growth.errors['constant']:.0%}, so no other law is named."
-            )
+            seen = f"no growth is seen{slope(record, cache, attention)}"
+            lines.append(f"{what} a decode step takes {ms(growth.law(0))} ms {over}: {seen}.")
             continue
-        p, half = figures.step_exponent(record, cache, attention)
-        uncertain = "" if half is None else f" ± {half:.2f}"
+        article = "an" if growth.law.name == "exponential" else "a"
         lines.append(
-            f"{what} a decode step grows by a {growth.law.name} law {over}: {growth.law} seconds; as one power of the "
-            f"context, n^{p:.2f}{uncertain}. {rejected(growth)}"
+            f"{what} a decode step grows by {article} {growth.law.name} law {over}: {growth.law} seconds"
+            f"{power(record, cache, attention)}. {rejected(growth)}"
         )
     return lines
+
+
+def power(record: Record, cache: str, attention: str) -> str:
+    """The growth as one power of the context, for those who ask "linear or quadratic?"."""
+    p, half = figures.step_exponent(record, cache, attention)
+    return f"; as one power of the context, n^{p:.2f}" + ("" if half is None else f" ± {max(half, 0.01):.2f} (rounds)")
+
+
+def slope(record: Record, cache: str, attention: str) -> str:
+    """By how much a step may grow all the same."""
+    each, half = figures.step_slope(record, cache, attention)
+    return "" if half is None else f" ({1e6 * each:+.1f} ± {1e6 * half:.1f} ms for 1,000 tokens, by rounds)"
 
 
 def rejected(growth: Growth) -> str:
     """What the held-out points say of the exponential, which the plan expected."""
     if growth.law.name == "exponential":
-        return "It is exponential over this range."
+        return "Over this range it is exponential."
+    if "exponential" in growth.alike:
+        return "An exponential is not rejected: over this range it predicts about as well."
     ratio = growth.errors["exponential"] / growth.errors[growth.law.name]
-    if ratio > 1.5:
-        return f"Exponential growth is rejected: its error on points it has not seen is {ratio:.1f} times as large."
-    return "Over this range an exponential predicts about as well: the range is too narrow, or the growth too small."
+    many = "over 100" if ratio > 100 else f"{ratio:.1f}"
+    return f"Exponential growth is rejected: its error on prompts it has not seen is {many} times as large."
 
 
 def break_even(record: Record) -> list[str]:
@@ -108,21 +119,22 @@ def chat(record: Record) -> list[str]:
         contexts = [turn * 2 * TURN_TOKENS + TURN_TOKENS + i for turn in range(TURNS) for i in range(TURN_TOKENS)]
         costs.append(sum(growth.law(n) for n in contexts))
     reach = TURNS * 2 * TURN_TOKENS
-    beyond = f", extrapolated beyond {laws[0].span[1]:g}" if reach > laws[0].span[1] else ""
+    low, high = laws[0].span
+    beyond = f"; measured: {low:g} to {high:g}" if reach > high or low > TURN_TOKENS else ""
     return [
         f"A chat of {TURNS} turns ({TURN_TOKENS} tokens asked and {TURN_TOKENS} answered in each, up to {reach} tokens "
-        f"of context{beyond}) spends {costs[0]:.0f} s on its decode steps with the cache and {costs[1]:.0f} s without "
-        "it, by the fitted laws."
+        f"of context{beyond}) spends {short(costs[0])} s on its decode steps with the cache and {short(costs[1])} s "
+        "without it, by the fitted laws."
     ]
 
 
 def eaten(record: Record) -> list[str]:
     own = record["ledger"]
-    fit = ", ".join(f"{count:,} of {int(n):,} tokens" for n, count in own["fit"].items())
+    fit = ", ".join(f"{count:,} requests of {int(n):,} tokens" for n, count in own["fit"].items())
     return [
         f"When does it eat your memory? {own['token_bytes']:,} bytes a token: the cache outgrows the weights "
-        f"({mb(own['weight_bytes'], 0)} MB) at {own['outgrows_at']:,.0f} tokens over all requests. Into the "
-        f"{own['free_bytes'] / 1e9:.1f} GB free here fit {fit}."
+        f"({short(own['weight_bytes'] / 1e6)} MB) at {own['outgrows_at']:,.0f} tokens over all requests. Into the "
+        f"{own['free_bytes'] / 1e9:.1f} GB free here fit {fit}, and each step then reads all of it."
     ]
 
 
@@ -137,11 +149,12 @@ def shares(record: Record) -> list[str]:
         )
     if record.get("shares") and len(record["shares"]) > 1:
         low, high = record["shares"][0], record["shares"][-1]
+        known = None not in (low["decode"], high["decode"])
+        steps = f", and {low['decode']:.1%} and {high['decode']:.1%} of a decode step" if known else ""
         lines.append(
-            f"Why FlashAttention exists: from {low['tokens']} to {high['tokens']} tokens, attention proper grows from "
-            f"{low['prefill']:.1%} to {high['prefill']:.1%} of a prefill, and from {low['decode']:.1%} to "
-            f"{high['decode']:.1%} of a decode step. In a prefill its work grows with the square of the length, and "
-            "everything else with the length."
+            f"Why FlashAttention exists: at {low['tokens']} and {high['tokens']} tokens attention proper is "
+            f"{low['prefill']:.1%} and {high['prefill']:.1%} of a prefill{steps}. Its work in a prefill grows with the "
+            "square of the length, everything else with the length; written plainly, so does the memory of its scores."
         )
     return lines
 
@@ -160,14 +173,19 @@ def warnings(record: Record) -> list[str]:
             "Try --dtype float32."
         )
     if rounds < FEWEST_ROUNDS:
-        found.append(f"{rounds} rounds decide large differences only: use --rounds {FEWEST_ROUNDS} before quoting.")
+        what = f"{rounds} rounds decide large differences only" if rounds > 2 else "1 or 2 rounds decide nothing"
+        found.append(f"{what}: use --rounds {FEWEST_ROUNDS} before quoting.")
+    if any(trial["kv_bytes"] != figures.expected_bytes(record, trial) for trial in trials):
+        found.append(
+            "the cache's tensors are not what the formula says (a sliding window?): the ledger is an upper bound."
+        )
     for cell, why in record["skipped"].items():
         found.append(f"{cell}: {why}.")
     reached = {}
     for cell, mine in cells(record).items():
         least = figures.least_s(record, cell)
         if least:
-            reached[cell.name] = least["total"] / median(map(figures.total_s, mine))
+            reached[cell.name] = least["total"] / mean(map(figures.total_s, mine))
     found.append(roofline.impossible(reached))
     anchors = [trial["anchor_s"] for trial in trials]
     off = len(anchors) - len(steady_rounds(anchors))
@@ -177,3 +195,8 @@ def warnings(record: Record) -> list[str]:
             f"other programs and try --rounds {2 * rounds}."
         )
     return [warning for warning in found if warning]
+
+
+def short(value: float) -> str:
+    """Three digits: seconds of a chat and of a tiny model alike."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

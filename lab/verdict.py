@@ -75,7 +75,8 @@ def verdict(
             "NO VERDICT", None, None, None, n, dropped, f"more than one factor differs: {', '.join(factors)}"
         )
     if n < 2:
-        return Verdict("NO VERDICT", None, None, None, n, dropped, f"at least {FEWEST_ROUNDS} rounds are needed")
+        alone = math.exp(logs[0]) if logs else None
+        return Verdict("NO VERDICT", alone, None, None, n, dropped, f"at least {FEWEST_ROUNDS} rounds are needed")
     middle, half = mean(logs), t_half_width(logs)
     ratio, low, high = math.exp(middle), math.exp(middle - half), math.exp(middle + half)
     if n < FEWEST_ROUNDS and not (n >= 3 and abs(middle) > t_half_width(logs, FEW_CONFIDENCE)):

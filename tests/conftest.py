@@ -17,20 +17,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def tiny_config(family: str):
+def tiny_config(family: str, **sizes: int):
     from transformers import GPT2Config, LlamaConfig
 
     if family == "gpt2":
-        return GPT2Config(
-            vocab_size=97, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=96
-        )
-    return LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=96,
-    )  # fmt: skip
+        small = {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        return GPT2Config(vocab_size=97, bos_token_id=0, eos_token_id=96, **small | sizes)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
+    return LlamaConfig(vocab_size=97, bos_token_id=0, eos_token_id=96, **small | sizes)
 
 
-def tiny_model(family: str):
+def tiny_model(family: str, **sizes: int):
     """A Model with two random layers and a context of 256 tokens. GPT-2: tied head, learned positions; Llama: GQA."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -38,7 +36,7 @@ def tiny_model(family: str):
     from model import Model, Place
 
     torch.manual_seed(0)
-    net = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    net = AutoModelForCausalLM.from_config(tiny_config(family, **sizes)).eval()
     # Fresh GPT-2 weights answer the same token for ever. Larger ones make every step depend on its context.
     with torch.no_grad():
         for p in net.parameters():

@@ -40,7 +40,7 @@ def test_a_whole_record_proves_its_rows_and_a_partial_one_none():
 
 def test_a_row_that_asks_for_a_conclusion_needs_words_under_observations():
     conclusion = "写出 trade-off 结论（牺牲谁换谁）"
-    record = made(BATCH, config={"batch_sizes": "1,4"})
+    record = made(BATCH, trials=[{"batch_size": 1}, {"batch_size": 4}])
     empty, written = (NOTE.format(question=BATCH, id=record["id"], words=w) for w in ("", "Batch 8 pays."))
     assert conclusion not in done("", [record]) and conclusion not in done(empty, [record])
     assert conclusion in done(written, [record])
@@ -50,14 +50,16 @@ def test_a_row_that_asks_for_a_conclusion_needs_words_under_observations():
 def test_a_row_that_compares_needs_a_record_that_does():
     three = "表格化 latency/throughput，对比 3 组 batch"
     both_ways = "绘制 prompt 长度 × latency 表格"
-    assert three not in done("", [made(BATCH, config={"batch_sizes": "8"})])
-    assert three in done("", [made(BATCH, config={"batch_sizes": "1,4,8"})])
-    assert both_ways not in done("", [made(KV, config={"cache": "dynamic", "prompt_lens": "10,50,200"})])
-    assert both_ways in done("", [made(KV, config={"cache": "off,dynamic", "prompt_lens": "10,50,200"})])
+    assert three not in done("", [made(BATCH, trials=[{"batch_size": 8}] * 3)])
+    assert three in done("", [made(BATCH, trials=[{"batch_size": n} for n in (1, 4, 8)])])
+    whole = [{"prompt_len": n, "cache": kind, "tokens": n} for n in (10, 50, 200) for kind in ("off", "dynamic")]
+    assert both_ways in done("", [made(KV, trials=whole)])
+    assert both_ways not in done("", [made(KV, trials=whole[:5])])
+    assert both_ways not in done("", [made(KV, trials=[*whole[:5], whole[5] | {"tokens": "others"}])])
 
 
 def test_the_evidence_of_a_conclusion_is_the_record_that_holds_it():
-    records = [made(BATCH, n, config={"batch_sizes": "1,4"}) for n in (1, 2)]
+    records = [made(BATCH, n, trials=[{"batch_size": 1}, {"batch_size": 4}]) for n in (1, 2)]
     notes = NOTE.format(question=BATCH, id=records[0]["id"], words="Batch 8 pays.")
     (state,) = (s for s in states(notes, records) if s.item.group == "Batch" and s.item.conclusion)
     assert state.evidence == (records[0]["id"],)

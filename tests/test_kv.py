@@ -1,6 +1,7 @@
 """Day 3: the same tokens with every kind of cache, exact bytes, figures worked out by hand, and the script."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +12,11 @@ from conftest import tiny_model
 import kv_experiment
 from config import UserError
 from experiments import mistakes
-from lab import console, kv_ledger, kv_plots, kv_tables, kv_words
+from lab import console, kv_ledger, kv_plots, kv_probes, kv_tables, kv_words
 from lab import kv_figures as figures
 from lab.kv_figures import Cell
 from lab.records import read_lines
-from model import ids_tensor, kv_cache_bytes, prefill, recompute, static_cache, transformers_generate
+from model import decode_step, ids_tensor, kv_cache_bytes, prefill, recompute, static_cache, transformers_generate
 from weights.random_init import SHAPES
 
 
@@ -34,7 +35,12 @@ def test_all_kinds_of_cache_and_kernels_give_the_tokens_of_transformers(any_mode
     try:
         runs = [
             kv_experiment.run_experiment(
-                length, kind != "off", model=any_model, prompt=prompt_of(length), new_tokens=12, static=kind == "static"
+                length,
+                kind != "off",
+                model=any_model,
+                prompt=prompt_of(length),
+                new_tokens=12,
+                static_tokens=length + 12 if kind == "static" else None,
             )
             for kind in kv_experiment.KINDS
         ]
@@ -73,6 +79,93 @@ def test_impossible_runs_are_refused(llama, length, new):
         kv_experiment.run_experiment(length, True, model=llama, prompt=[1], new_tokens=new)
 
 
+def test_a_run_says_what_it_lacks(llama):
+    for given, sentence in (
+        ({"model": llama}, "A prompt of 5 tokens is asked for, and none is given"),
+        ({"model": llama, "prompt": [1, 2]}, "the given one has 2"),
+        ({"model": llama, "prompt": [1] * 5, "new_tokens": 252}, "a context of 256"),
+        ({"model": llama, "prompt": [1] * 5, "static_tokens": 9}, "static_tokens needs"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            kv_experiment.run_experiment(5, True, **given)
+
+
+def test_a_run_knows_its_peak(llama):
+    peak = kv_experiment.run_experiment(5, True, model=llama, prompt=[1] * 5, new_tokens=3)["peak_bytes"]
+    assert peak is None or peak > 10**8  # this process with PyTorch in it
+
+
+# ---- small measurements
+
+LINUX_ONLY = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+CPU = torch.device("cpu")
+
+
+@LINUX_ONLY
+def test_memory_that_is_taken_is_seen_and_what_was_freed_is_not_counted_as_there():
+    scrap = [torch.ones(2**18) for _ in range(40)]
+    del scrap  # 40 MB that the C library may keep for later
+    kv_probes.trim()
+    before = kv_probes.held_bytes(CPU)
+    kept = [torch.ones(2**20) for _ in range(10)]  # 42 MB
+    grew = kv_probes.held_bytes(CPU) - before
+    assert grew == pytest.approx(sum(t.nbytes for t in kept), rel=0.05)
+
+
+@LINUX_ONLY
+def test_a_peak_that_is_over_before_the_block_ends_is_seen():
+    with kv_probes.Peak(CPU) as peak:
+        torch.ones(25 * 10**6).sum()  # 100 MB, for a moment
+    assert peak.above == pytest.approx(10**8, rel=0.1) and peak.whole > peak.above
+
+
+@LINUX_ONLY
+def test_reserving_takes_what_the_formula_says():
+    model = SimpleNamespace(kv_bytes_per_token=lambda: 30_000, device=CPU)
+    found = kv_probes.reserved(model, [10, 60], 40)
+    assert found["maximum_formula"] == 16 * 100 * 30_000 and found["used"] < found["blocks_formula"]
+    for name in ("maximum", "blocks"):
+        assert found[name] == pytest.approx(found[f"{name}_formula"], rel=0.05)
+
+
+def test_probes_that_would_take_too_much_are_left_out(monkeypatch, any_model):
+    monkeypatch.setattr(kv_probes, "free_bytes", lambda _device: 10_000)
+    assert kv_probes.reserved(any_model, [10], 40) is None
+    read = partial(prefill, any_model)
+    assert kv_probes.growth(read, ids_tensor([prompt_of(50)]), kv_cache_bytes, CPU) is None
+
+
+@LINUX_ONLY
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_estimate_is_not_below_what_a_prefill_takes(attention):
+    """1,500 tokens of 256 numbers: large enough to stand out of the process's own memory."""
+    model = tiny_model("llama", hidden_size=256, intermediate_size=1024, max_position_embeddings=2048)
+    model.net.set_attn_implementation(attention)
+    ids = ids_tensor([prompt_of(1500)])
+    prefill(model, ids)
+    kv_probes.trim()
+    with kv_probes.Peak(CPU) as peak:
+        prefill(model, ids)
+    assert peak.above > 10**7
+    assert kv_ledger.needed_bytes(model, Cell(1500, "dynamic", attention), 1500) > 0.8 * peak.above
+
+
+def test_shares_are_of_the_operators_own_time():
+    rows = [{"operator": "aten::mm", "own_s": 6.0}, {"operator": "aten::_flash_attention", "own_s": 3.0},
+            {"operator": "aten::cat", "own_s": 1.0}]  # fmt: skip
+    assert kv_probes.share_of(rows, kv_probes.ATTENTION) == pytest.approx(0.3)
+    assert kv_probes.share_of(rows, kv_probes.COPYING) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("room", [0, 1, 20])
+def test_profiles_stay_inside_the_context(room):
+    """GPT-2's positions end at its context: one step too many is an IndexError, or worse on a GPU."""
+    gpt2 = tiny_model("gpt2")
+    ids = ids_tensor([prompt_of(256 - room)])
+    found = kv_probes.attention_share(CPU, partial(prefill, gpt2), partial(decode_step, gpt2), ids, room)
+    assert 0 < found["prefill"] < 1 and (found["decode"] is None) == (room == 0)
+
+
 # ---- by formula
 
 
@@ -109,7 +202,7 @@ def trial(turn: int, prompt_len: int, cache: str, wobble: float = 0.0) -> dict:
     return {
         "round": turn, "run": "a", "prompt_len": prompt_len, "cache": cache, "attention": "sdpa", "prefill_s": first,
         "decode_s": steps, "total_s": first + sum(steps), "kv_bytes": 0 if cache == "off" else 256 * (prompt_len + 19),
-        "peak_bytes": 10**8, "tokens": f"hash{prompt_len}", "gpu_percent_mean": None, "anchor_s": 0.05,
+        "tokens": f"hash{prompt_len}", "gpu_percent_mean": None, "anchor_s": 0.05,
         "bytes_per_s": 30e9, "flops_per_s": 1e11,
     }  # fmt: skip
 
@@ -132,6 +225,7 @@ def record(rounds: int = 6, lengths=(5, 40, 120, 400)) -> dict:
             for turn in range(rounds)
             for i, cell in enumerate(found)
         ],
+        "took": {cell.name: 10**7 * (1 + (cell.cache == "off")) for cell in found},
         "growth": {"caches": 4, "tokens": 1600, "tensor_bytes": 409_600, "grew_bytes": 420_000},
         "reserved": {"requests": 16, "longest": 420, "used": 1_000_000, "maximum": 1_720_000,
                      "maximum_formula": 1_720_320, "blocks": 1_030_000, "blocks_formula": 1_028_000},
@@ -164,9 +258,9 @@ def test_the_sentences_say_what_the_numbers_say():
     assert "Without a cache a decode step grows by a linear law over contexts of 7 to 419 tokens" in said
     assert "Exponential growth is rejected" in said
     assert "a step with the cache is cheaper from a context of about 11 tokens on" in said
-    assert "A chat of 10 turns" in said and "extrapolated beyond 419" in said
-    assert "256 bytes a token: the cache outgrows the weights (0 MB) at 1,000 tokens" in said
-    assert "42% of the memory empty, blocks of 16 tokens 3%" in said and "from 1.0% to 20.0% of a prefill" in said
+    assert "A chat of 10 turns" in said and "measured: 7 to 419" in said
+    assert "256 bytes a token: the cache outgrows the weights (0.256 MB) at 1,000 tokens" in said
+    assert "42% of the memory empty, blocks of 16 tokens 3%" in said and "is 1.0% and 20.0% of a prefill" in said
 
 
 def test_a_chat_is_summed_over_every_step_of_every_turn():
@@ -178,9 +272,30 @@ def test_a_chat_is_summed_over_every_step_of_every_turn():
 
 def test_other_tokens_void_the_row():
     kept = record()
-    kept["trials"][3]["tokens"] = "other"
+    kept["trials"][3]["tokens"] = "other"  # prompt 40
     assert kv_tables.owners_table(kept).count("TOKENS DIFFER: void") == 2  # both ways of that prompt
     assert any("gave different tokens" in warning for warning in kv_words.warnings(kept))
+    (row,) = (line for line in kv_tables.against_table(kept).splitlines() if "VOID" in line)
+    assert row.split("|")[1].strip() == "40" and "FASTER" not in row
+    said = "\n".join(kv_words.sentences(kept))
+    assert "prompt 40:" not in said and "prompt 120:" in said
+    for one in kept["trials"]:
+        one["tokens"] = str(one["round"])
+    assert kv_words.sentences(kept) == ["No prompt gave the same tokens in every way, so nothing can be said."]
+
+
+def test_rounds_that_lack_a_prompt_have_no_say_in_the_exponent():
+    whole, cut = record(), record()
+    cut["trials"] = [t for t in cut["trials"] if t["round"] < 5 or t["prompt_len"] == 5]
+    p, half = figures.step_exponent(cut, "off", "sdpa")
+    assert p == pytest.approx(figures.step_exponent(whole, "off", "sdpa")[0], abs=0.01) and half < 0.05
+
+
+def test_a_cache_that_is_not_the_formulas_is_told():
+    kept = record()
+    kept["trials"][1]["kv_bytes"] //= 2
+    assert "KV is not the formula's" in kv_tables.owners_table(kept)
+    assert any("sliding window" in warning for warning in kv_words.warnings(kept))
 
 
 def test_lost_time_is_noticed():
@@ -225,7 +340,10 @@ def test_the_figure_is_drawn(tmp_path):
 
 
 @pytest.fixture
-def tiny(checkpoint_folder, tmp_path) -> list[str]:
+def tiny(checkpoint_folder, tmp_path, monkeypatch) -> list[str]:
+    """A small matrix; looks at the machine and profiles are cut short, since no test reads a time."""
+    monkeypatch.setattr("lab.ceilings.ANCHOR_REPEATS", 1)
+    monkeypatch.setattr("lab.kv_probes.PROFILES", 1)
     return ["--model", str(checkpoint_folder), "--json", str(tmp_path / "x.jsonl"), "--notes-file",
             str(tmp_path / "notes.md"), "--prompt-lens", "4,9,20,40", "--new-tokens", "5"]  # fmt: skip
 
@@ -291,11 +409,16 @@ def test_a_length_over_the_context_is_a_skipped_row_and_the_others_run(tiny, tmp
     assert len(read_lines(tmp_path / "x.jsonl")[0]["trials"]) == 2
 
 
+def test_an_absurd_length_is_a_skipped_row_at_once(tiny, tmp_path):
+    assert kv_experiment.main([*tiny, "--prompt-lens", "4,900000", "--rounds", "1"]) == 0
+    assert len(read_lines(tmp_path / "x.jsonl")[0]["trials"]) == 2
+
+
 def test_a_cell_that_memory_cannot_hold_is_skipped_with_its_estimate(tiny, monkeypatch, capsys):
-    monkeypatch.setattr("lab.kv_probes.free_bytes", lambda _device: 100_000)
-    monkeypatch.setattr("lab.kv_ledger.needed_bytes", lambda _model, cell, _tokens: 2500 * cell.prompt_len)
+    monkeypatch.setattr("lab.kv_probes.free_bytes", lambda _device: 100_000_000)
+    monkeypatch.setattr("lab.kv_ledger.needed_bytes", lambda _model, cell, _tokens: 2_500_000 * cell.prompt_len)
     assert kv_experiment.main([*tiny, "--rounds", "1"]) == 0
-    assert "skipped: needs about 0.0 GB, and 0.0 GB are free" in capsys.readouterr().out
+    assert "skipped: needs about 0.1 GB, and 0.1 GB are free" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -316,6 +439,13 @@ def test_bad_input_is_one_sentence_and_exit_status_2(tiny, capsys, argv, sentenc
     assert left_with([*given, f"{flag}={argv[1]}"]) == 2
     err = capsys.readouterr().err
     assert sentence in err and "Traceback" not in err and err.strip().count("\n") == 0
+
+
+def test_a_model_without_cache_support_is_refused(tmp_path, capsys):
+    shape = {"model_type": "openai-gpt", "vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert left_with(["--model", f"random:{tmp_path}", "--attention", "eager"]) == 2
+    assert "cannot keep a KV cache in transformers: name another model." in capsys.readouterr().err
 
 
 def test_json_dash_prints_one_record(tiny, capsys):
