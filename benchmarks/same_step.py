@@ -1,62 +1,53 @@
-"""kv_experiment.py and infer.py, started as a user starts them, time the same decode step alike."""
+"""kv_experiment.py and infer.py time the same prefill and the same decode step alike: their figures may be compared."""
 
-import json
-import subprocess
-import sys
+from dataclasses import replace
 from statistics import median
 
 from benchmarks.claim import Claim, rounds
-from config import ROOT, PromptConfig, UserError
+from config import PromptConfig
+from infer import InferConfig, as_run, one_request
+from kv_experiment import run_experiment
+from lab.ceilings import Probe, gemm_rate
 from lab.console import progress
-from lab.verdict import verdict
+from lab.verdict import interleaved, verdict
+from metrics import Stats
+from model import load
 
-ROUNDS, NEW_TOKENS = 8, 24
-
-
-def record(script: str, config: PromptConfig, *words: str) -> dict:
-    given = [
-        "--model",
-        config.model or "smollm2",
-        "--device",
-        config.device,
-        "--dtype",
-        config.dtype,
-        "--seed",
-        str(config.seed),
-    ]
-    given += ["--threads", str(config.threads), "--json", "-"]
-    done = subprocess.run([sys.executable, script, *given, *words], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{script} failed, so it was not compared: {done.stderr.strip()[-300:]}")
-    return json.loads(done.stdout)
+ROUNDS, NEW_TOKENS = 40, 24
 
 
 def claims(config: PromptConfig) -> list[Claim]:
-    count, new = rounds(config, ROUNDS), str(NEW_TOKENS)
-    ours: list[float] = []
-    theirs: list[float] = []
+    model, tokenizer, prompt = load(replace(config, max_new_tokens=NEW_TOKENS))
+    plain = InferConfig(prompt=config.prompt, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    runs: dict[str, list[dict]] = {"kv": [], "infer": []}
 
-    def infer() -> int:
-        found = record("infer.py", config, "--raw", "--ignore-eos", "--max-new-tokens", new, "--runs", "2")
-        theirs.append(median(step for run in found["runs"] for step in run["decode"]))
-        return found["prompt_tokens"]
+    def kv() -> float:
+        runs["kv"].append(run_experiment(len(prompt), True, model=model, prompt=prompt, new_tokens=NEW_TOKENS))
+        return median(runs["kv"][-1]["decode_s"])
 
-    def kv(tokens: int) -> None:
-        words = ("--prompt-lens", str(tokens), "--cache", "dynamic", "--new-tokens", new, "--rounds", "2")
-        found = record("kv_experiment.py", config, *words)
-        ours.append(median(step for trial in found["trials"] for step in trial["decode_s"]))
+    def infer() -> float:
+        stats: Stats = {}
+        one_request(model, tokenizer, config.prompt, plain, stats)
+        runs["infer"].append(as_run(stats))
+        return median(stats["decode"])
 
-    tokens = infer()  # one start that is not counted tells the prompt's length
-    theirs.clear()
-    for turn in progress(range(count), count, "infer.py, kv_experiment.py"):
-        for run in (infer, lambda: kv(tokens)) if turn % 2 == 0 else (lambda: kv(tokens), infer):
-            run()
-    said = verdict(ours, theirs)
+    list(interleaved([kv, infer], 1))  # warms both up
+    probe, count, pairs, anchors = Probe(model.device), rounds(config, ROUNDS), [], []
+    _, size = gemm_rate(model.device, model.place.dtype)
+    for pair in progress(interleaved([kv, infer], count), count, "infer.py, kv_experiment.py"):
+        pairs.append(pair)
+        anchors.append(probe.anchor(model.place.dtype, size).seconds)
+    first = [[run["prefill_s"] for run in runs["kv"][1:]], [run["prefill"] for run in runs["infer"][1:]]]
+    said = {
+        "decode step": verdict(*zip(*pairs, strict=True), anchors=anchors),
+        "prefill": verdict(*first, anchors=anchors),
+    }
     return [
         Claim(
-            "a decode step in kv_experiment.py and in infer.py",
-            "WITHIN NOISE (5 %), each in its own process",
-            f"time / infer.py's, {tokens} prompt tokens: {said}",
-            None if said.word == "NO VERDICT" else said.word == "WITHIN NOISE",
+            f"a {what} in kv_experiment.py and in infer.py",
+            "WITHIN NOISE (5 %)",
+            f"time / infer.py's, {len(prompt)} prompt tokens: {found}",
+            None if found.word == "NO VERDICT" else found.low > 0.95 and found.high < 1.05,
         )
+        for what, found in said.items()
     ]

@@ -144,14 +144,21 @@ def attention_share(
     """
     token, cache = prefill(ids)
     first = profiled(device, lambda: prefill(ids), lambda state: state, 0, None)
-    found: dict[str, list[float]] = {"decode": [], "copying": []}
+    found = []
     for _ in range(PROFILES if room > 0 else 0):
-        steps = profiled(device, lambda: (token, cache), lambda state: decode_step(*state), min(STEPS, room), None)
+        parts = step_parts(device, lambda: decode_step(token, cache), min(STEPS, room))
+        found.append({name: seconds / sum(parts.values()) for name, seconds in parts.items()})
         cache.crop(ids.shape[1] - cache.get_seq_length())  # back to the prompt: every profile sees the same contexts
-        found["decode"].append(share_of(steps, ATTENTION))
-        found["copying"].append(share_of(steps, COPYING))
-    shares = {name: median(values) if values else None for name, values in found.items()}
-    return {"tokens": ids.shape[1], "prefill": share_of(first, ATTENTION)} | shares
+    decode, copying = (median(share[name] for share in found) if found else None for name in ("attention", "copying"))
+    return {"tokens": ids.shape[1], "prefill": share_of(first, ATTENTION), "decode": decode, "copying": copying}
+
+
+def step_parts(device: torch.device, step: Callable[[], Any], steps: int) -> dict[str, float]:
+    """Where a decode step goes, in seconds by the profiler's operators: attention, copying and the rest."""
+    rows = profiled(device, lambda: None, lambda _: step(), steps, None)
+    each = sum(row["own_s"] for row in rows) / steps
+    attention, copying = (share_of(rows, words) * each for words in (ATTENTION, COPYING))
+    return {"attention": attention, "copying": copying, "rest": each - attention - copying}
 
 
 # aten::bmm and softmax are eager attention's own operators; the fused kernels carry attention in their names.

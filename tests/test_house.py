@@ -13,16 +13,19 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = {
     "config": 0, "metrics": 0,
     "lab": 1, "tokenizer": 1, "weights": 1,
+    "engine": 1,
     "model": 2,
     "batcher": 3,  # its demonstration runs the model; the class itself knows neither torch nor the model
     "infer": 5, "inspect_prefill_decode": 5, "batch_experiment": 5, "kv_experiment": 5, "report": 5,
-    "experiments": 5, "benchmarks": 5,
+    "experiments": 5,
+    "benchmarks": 6,  # they may run the scripts themselves
 }  # fmt: skip
 TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.checklist", "lab.verdict", "lab.roofline",
               "lab.request_tables", "lab.request_words", "lab.console", "lab.fits", "lab.sampler", "weights.find",
               "weights.hub", "weights.gguf_cache", "weights.random_init", "batcher",
               "lab.arrivals", "lab.simulation", "lab.prompts", "lab.batch_trial", "lab.batch_figures",
               "lab.batch_tables", "lab.batch_words", "lab.batch_window", "lab.batch_plots", "lab.kv_figures",
+              "engine.request", "engine.kv_blocks", "engine.scheduler",
               "lab.kv_ledger", "lab.kv_tables", "lab.kv_words", "lab.kv_plots")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
