@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -19,7 +20,8 @@ from metrics import Stats, timed
 from model import Model, decode_step, ids_tensor, load, prefill, static_cache
 
 CONTEXTS = (64, 512, 1024, 1536)
-ROUNDS, STEPS, PROFILES = 8, 4, 5
+KINDS = ("dynamic", "static")
+ROUNDS, STEPS, PROFILES = 24, 4, 10
 ALLOWED = 2.0  # times what the bytes of the cache and the measured bandwidth need
 MOST = 2 / 3  # of the growth must be told by name
 
@@ -30,7 +32,7 @@ def claims(config: PromptConfig) -> list[Claim]:
     contexts = [n for n in CONTEXTS if n < reach]
     prompts = [ids_tensor([exact(tokenizer.codec.encode, n)]).to(model.device) for n in contexts]
     count = rounds(config, ROUNDS)
-    slopes = {kind: measured(model, prompts, kind, count) for kind in ("dynamic", "static")}
+    slopes = measured(model, prompts, count)
     needed = 1000 * model.kv_bytes_per_token() / Probe(model.device).bytes_per_s(repeats=9)
     parts = {kind: by_part(model, prompts, kind) for kind in slopes}
     return [growth_claim(kind, slopes[kind], parts[kind], needed) for kind in slopes] + [less_copying(slopes)]
@@ -63,17 +65,17 @@ def less_copying(slopes: dict[str, list[float]]) -> Claim:
 
 def by_part(model: Model, prompts: Sequence[torch.Tensor], kind: str) -> dict[str, float]:
     """How each part of a step grows with a token of context, in seconds, by profiles at the ends of the range."""
-    ends = []
-    for ids in (prompts[0], prompts[-1]):
-        state = list(started(model, ids, kind, PROFILES * STEPS))
-
-        def step(state: list = state) -> None:
-            state[:] = decode_step(model, *state)
-
-        found = [kv_probes.step_parts(model.device, step, STEPS) for _ in range(PROFILES)]
-        ends.append({name: median(parts[name] for parts in found) for name in found[0]})
+    ends = [list(started(model, ids, kind, PROFILES * STEPS)) for ids in (prompts[0], prompts[-1])]
+    found: list[dict[str, float]] = []
     across = prompts[-1].shape[1] - prompts[0].shape[1]
-    return {name: (ends[1][name] - ends[0][name]) / across for name in ends[0]}
+    for _ in range(PROFILES):
+        near, far = (kv_probes.step_parts(model.device, partial(advance, model, state), STEPS) for state in ends)
+        found.append({name: (far[name] - near[name]) / across for name in near})
+    return {name: median(parts[name] for parts in found) for name in found[0]}
+
+
+def advance(model: Model, state: list) -> None:
+    state[:] = decode_step(model, *state)
 
 
 def started(model: Model, ids: torch.Tensor, kind: str, more: int) -> tuple[Any, Any]:
@@ -81,21 +83,26 @@ def started(model: Model, ids: torch.Tensor, kind: str, more: int) -> tuple[Any,
     return prefill(model, ids, cache=static_cache(model, ids.shape[1] + more) if kind == "static" else None)
 
 
-def measured(model: Model, prompts: Sequence[torch.Tensor], kind: str, count: int) -> list[float]:
-    """The slope of a step's time against its context, in seconds a token, one for each round."""
-    caches: list[list[Any]] = []
-    for ids in prompts:
-        caches.append([*started(model, ids, kind, 2 * count * STEPS), ids.shape[1]])
-    found = []
-    for turn in progress(range(count + 1), count + 1, f"growth, {kind}"):
-        points = []
-        for state in caches if turn % 2 == 0 else reversed(caches):
+def measured(model: Model, prompts: Sequence[torch.Tensor], count: int) -> dict[str, list[float]]:
+    """For each kind of cache the slope of a step's time against its context, in seconds a token, one for each round.
+
+    A round visits every kind and context, in turning order, so that a slow moment meets all alike.
+    """
+    states = {
+        (kind, i): [*started(model, ids, kind, (count + 1) * STEPS), ids.shape[1]]
+        for kind in KINDS
+        for i, ids in enumerate(prompts)
+    }
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in progress(range(count + 1), count + 1, "growth"):
+        points: dict[str, list[tuple[int, float]]] = {kind: [] for kind in KINDS}
+        for (kind, _), state in list(states.items())[:: 1 if turn % 2 == 0 else -1]:
             stats: Stats = {}
             for _ in range(STEPS):
                 with timed("decode", stats):
                     state[0], state[1] = decode_step(model, state[0], state[1])
                 state[2] += 1
-            points.append((state[2], median(stats["decode"])))
-        if turn:  # the first round warms every shape
-            found.append(line(*zip(*points, strict=True)).slope)
+            points[kind].append((state[2], median(stats["decode"])))
+        for kind in KINDS if turn else ():  # the first round warms every shape
+            found[kind].append(line(*zip(*points[kind], strict=True)).slope)
     return found
