@@ -72,6 +72,26 @@ def within(name: str, value: float, least: float, most: float, *, open_below: bo
         raise Refusal(f"{name} must be {'above' if open_below else 'from'} {least:g} to {most:g}, and is {value}.")
 
 
+class BadLogits(ArithmeticError):
+    """The network gave no usable numbers for a request."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen token; with logprobs asked for, its own log probability and the likeliest tokens with theirs.
+
+    Log probabilities are the network's own, before penalties and temperature.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class StepFailed(RuntimeError):
+    """The forward pass that a request was in raised an error; its text is in this one's."""
+
+
 class Status(Enum):
     WAITING = "waiting"  # no memory of its own
     RUNNING = "running"  # holds blocks; computed in every step that has room for it
@@ -106,6 +126,7 @@ class Request:
     reused: int = 0  # prompt tokens that were found in the cache when it was first admitted
     status: Status = Status.WAITING
     preemptions: int = 0
+    spent: int = 0  # tokens computed for it, those computed twice counted twice
     finish_reason: str | None = None  # stop, length, cancelled or error
     error: Exception | None = None
 

@@ -8,27 +8,10 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from engine.request import Request, Sampling
-
-
-class BadLogits(ArithmeticError):
-    """The network gave no usable numbers for a request."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The chosen token; with logprobs asked for, its own log probability and the likeliest tokens with theirs.
-
-    Log probabilities are the network's own, before penalties and temperature.
-    """
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+from engine.request import BadLogits, Choice, Request, Sampling
 
 
 class Sampler:

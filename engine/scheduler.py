@@ -43,12 +43,16 @@ class Scheduler:
         self.running: list[Request] = []  # in the order of their admission
         self.preemptions = 0
 
-    def add(self, request: Request) -> None:
-        """Queue it. Refusal when it could never run, even alone: it would wait for ever."""
+    def check_fits(self, request: Request) -> None:
+        """Refusal when it could never run, even alone: it would wait for ever."""
         most = len(request.prompt) + request.sampling.max_new_tokens - 1  # the last token is never computed
         room = self.blocks.count * self.blocks.size
         if self.blocks.needed(most) > self.blocks.count:
             raise Refusal(f"{most} tokens do not fit the {room} of the KV memory: shorten the prompt or the answer.")
+
+    def add(self, request: Request) -> None:
+        """Queue it. Refusal when it can never run."""
+        self.check_fits(request)
         self.waiting.append(request)
 
     def plan(self, now: float = 0.0) -> list[Slice]:

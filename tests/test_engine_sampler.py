@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from engine.request import Refusal, Request, Sampling, Timeline
-from engine.sampler import BadLogits, Sampler, adjusted, draw
+from engine.request import BadLogits, Refusal, Request, Sampling, Timeline
+from engine.sampler import Sampler, adjusted, draw
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 

@@ -1,0 +1,321 @@
+"""The engine: requests come in, every step moves each of them on, tokens go out as they are chosen.
+
+    engine = load(EngineConfig())                      # engine/load.py
+    answer = engine.submit(prompt, Sampling(max_new_tokens=50))
+    for piece in answer:                               # drives the engine as far as needed
+        print(piece.text, end="")
+
+A step is: plan (scheduler), compute (runner), deliver (here). One thread calls step(); submit() and cancel() may be
+called from any other, they only leave word for the next step.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from engine.request import Choice, Refusal, Request, Sampling, Status, StepFailed, Timeline
+from engine.scheduler import Scheduler, Slice
+from engine.text import Text
+
+STEPS_KEPT = 100_000
+
+
+class Runner(Protocol):
+    """What computes a plan. For each slice: the chosen token if the request has caught up, None if it has not, or the
+    error that is this request's alone. An exception it raises is the failure of the whole plan; MemoryError says that
+    a smaller one might succeed.
+    """
+
+    def run(self, slices: Sequence[Slice]) -> list[Choice | Exception | None]: ...
+
+    def forget(self, request: Request) -> None: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One new token and the text that became certain with it."""
+
+    choice: Choice
+    text: str
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """One step: when it started, was planned, was computed, had delivered (s); how many tokens of how many requests."""
+
+    start: float
+    planned: float
+    computed: float
+    end: float
+    tokens: int
+    requests: int
+
+
+class Answer:
+    """The asker's side of a request. Iterate over it for its pieces; result() waits for the end."""
+
+    def __init__(self, engine: "Engine", request: Request, listener: Callable[["Answer", Piece | None], None] | None):
+        self.engine, self.request, self.listener = engine, request, listener
+        self.pieces: deque[Piece] = deque()
+        self.choices: list[Choice] = []
+        self.writer = Text(engine.decode, request.sampling.stop) if engine.decode else None
+        self.followers: list[Answer] = []
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.request.answer
+
+    @property
+    def text(self) -> str:
+        return self.writer.text if self.writer else ""
+
+    @property
+    def done(self) -> bool:
+        return self.request.status is Status.DONE
+
+    def __iter__(self) -> Iterator[Piece]:
+        while self.pieces or not self.done:
+            if self.pieces:
+                yield self.pieces.popleft()
+            else:
+                self.engine.step()
+
+    def result(self) -> "Answer":
+        """Drive the engine until this answer is complete. Raises the request's error, if it failed."""
+        while not self.done:
+            self.engine.step()
+        if self.request.error is not None:
+            raise self.request.error
+        return self
+
+    def cancel(self) -> None:
+        """Stop it before the next step, wherever it stands. From any thread; nothing happens when it is done."""
+        self.engine.inbox.append(("cancel", self))
+
+
+class Engine:
+    """runner computes what scheduler plans. decode: ids -> text, None where nobody wants text.
+
+    eos_ids end an answer. context and vocabulary: what the model can take, None where it names no limit.
+    """
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, *, eos_ids: frozenset[int] = frozenset(),
+        context: int | None = None, vocabulary: int | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None, clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        self.runner, self.scheduler, self.clock, self.decode = runner, scheduler, clock, decode
+        self.eos_ids, self.context, self.vocabulary = eos_ids, context, vocabulary
+        self.inbox: deque[tuple[str, Answer]] = deque()  # append and popleft are atomic
+        self.answers: dict[Request, Answer] = {}
+        self.numbers = itertools.count()
+        self.steps: deque[StepTimes] = deque(maxlen=STEPS_KEPT)
+        self.counts = dict.fromkeys(("steps", "requests", "computed", "delivered", "wasted", "reused"), 0)
+
+    # ---- asking
+
+    def submit(
+        self, prompt: Sequence[int], sampling: Sampling | None = None, *, salt: str = "",
+        listener: Callable[[Answer, Piece | None], None] | None = None,
+    ) -> Answer:  # fmt: skip
+        """Queue a prompt of token ids. Refusal, at once, when it can never be served.
+
+        listener: called in the engine's thread with every piece, and with None at the end; without one, the pieces
+        wait in the answer. salt: requests of different salts share no prefix.
+        """
+        answer = self.prepared(prompt, sampling or Sampling(), salt, listener)
+        self.inbox.append(("submit", answer))
+        return answer
+
+    def submit_many(self, prompt: Sequence[int], sampling: Sampling, n: int, **more: Any) -> list[Answer]:
+        """n answers to one prompt; with a seed, the i-th has seed + i.
+
+        The others are queued when the first has computed the prompt: they find it in the prefix cache.
+        """
+        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(n)]
+        first, *others = [self.prepared(prompt, replace(sampling, seed=seed), **more) for seed in seeds]
+        first.followers = others
+        self.inbox.append(("submit", first))
+        return [first, *others]
+
+    def prepared(
+        self, prompt: Sequence[int], sampling: Sampling, salt: str = "",
+        listener: Callable[[Answer, Piece | None], None] | None = None,
+    ) -> Answer:  # fmt: skip
+        self.check_fits(prompt, sampling)
+        request = Request(next(self.numbers), list(prompt), sampling, Timeline(self.clock()), salt)
+        self.scheduler.check_fits(request)
+        return Answer(self, request, listener)
+
+    def check_fits(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        if not len(prompt):
+            raise Refusal("The prompt is empty: give it at least one token.")
+        if self.context is not None and len(prompt) + sampling.max_new_tokens > self.context:
+            raise Refusal(
+                f"A prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new ones exceed the model's context "
+                f"of {self.context}: shorten the prompt, or ask for less."
+            )
+        most = self.vocabulary
+        if most is not None and not all(0 <= token < most for token in (*prompt, *sampling.logit_bias)):
+            raise Refusal(f"Tokens must be from 0 to {most - 1}: the prompt or logit_bias holds another.")
+        if sampling.stop and self.decode is None:
+            raise Refusal("Stop strings need a tokenizer, and this engine was made without one: use stop_ids.")
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling],
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Answer]:  # fmt: skip
+        """All answers, in the order of the prompts; those that failed carry their error (answer.request.error).
+
+        progress: told after every step how many more are complete (lab/console.py has a bar for it).
+        """
+        wishes = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+        answers = [self.submit(prompt, wish) for prompt, wish in zip(prompts, wishes, strict=True)]
+        left = answers
+        while left:
+            self.step()
+            going = [answer for answer in left if not answer.done]
+            if progress and len(going) < len(left):
+                progress(len(left) - len(going))
+            left = going
+        return answers
+
+    # ---- the step
+
+    def step(self) -> bool:
+        """Plan, compute, deliver. False when there was nothing to do."""
+        start = self.clock()
+        self.read_inbox(start)
+        slices = self.scheduler.plan(start)
+        if not slices:
+            return False
+        planned = self.clock()
+        results = self.compute(slices)
+        computed = self.clock()
+        tokens = sum(part.count for part in slices)
+        self.counts["steps"] += 1
+        self.counts["computed"] += tokens
+        self.deliver(slices, results, start, computed)
+        self.steps.append(StepTimes(start, planned, computed, self.clock(), tokens, len(slices)))
+        return True
+
+    def read_inbox(self, now: float) -> None:
+        while self.inbox:
+            word, answer = self.inbox.popleft()
+            if answer.done:
+                continue
+            if word == "submit":
+                self.answers[answer.request] = answer
+                self.scheduler.add(answer.request)
+                self.counts["requests"] += 1
+            else:
+                self.finish(answer, "cancelled", now)
+
+    def compute(self, slices: list[Slice]) -> list[Choice | Exception | None]:
+        """The runner's results. A plan that does not fit in memory is tried once more, in two halves."""
+        try:
+            return self.runner.run(slices)
+        except MemoryError as error:
+            if len(slices) == 1:
+                return failed(slices, error)
+            half = len(slices) // 2
+            return self.attempt(slices[:half]) + self.attempt(slices[half:])
+        except Exception as error:
+            return failed(slices, error)
+
+    def attempt(self, slices: list[Slice]) -> list[Choice | Exception | None]:
+        try:
+            return self.runner.run(slices)
+        except Exception as error:
+            return failed(slices, error)
+
+    def deliver(self, slices: list[Slice], results: list, start: float, now: float) -> None:
+        """Hand every request its token, or its error."""
+        pairs = list(zip(slices, results, strict=True))
+        self.scheduler.computed([part for part, result in pairs if not isinstance(result, Exception)])
+        for part, result in pairs:
+            request, answer = part.request, self.answers[part.request]
+            request.spent += part.count
+            request.timeline.slices.append((start, now, part.count))
+            if isinstance(result, Exception):
+                request.error = result
+                self.finish(answer, "error", now)
+            elif result is not None:
+                self.hand_over(answer, result, now)
+
+    def hand_over(self, answer: Answer, choice: Choice, now: float) -> None:
+        """One more token is known. It may be the last."""
+        request, wish = answer.request, answer.request.sampling
+        request.tokens.append(choice.token)
+        request.timeline.tokens.append(now)
+        self.counts["delivered"] += 1
+        text = answer.writer.add(choice.token) if answer.writer else ""
+        reason = None
+        cut = answer.writer is not None and answer.writer.stopped_by is not None
+        if cut or choice.token in wish.stop_ids or (choice.token in self.eos_ids and not wish.ignore_eos):
+            reason = "stop"
+        elif len(request.tokens) - len(request.prompt) == wish.max_new_tokens:
+            reason = "length"
+        if reason and answer.writer:
+            text += answer.writer.end()
+        answer.choices.append(choice)
+        self.tell(answer, Piece(choice, text))
+        self.release_followers(answer)
+        if reason:
+            self.finish(answer, reason, now)
+
+    def finish(self, answer: Answer, reason: str, now: float) -> None:
+        """Whatever the reason: it holds no memory any more, and its books are closed."""
+        request = answer.request
+        useful = min(request.spent, request.computed - request.reused) if reason in ("stop", "length") else 0
+        self.counts["wasted"] += request.spent - useful
+        self.counts["reused"] += request.reused
+        if request in self.answers:
+            del self.answers[request]
+            self.scheduler.remove(request)
+        request.status = Status.DONE
+        request.finish_reason, request.timeline.finished = reason, now
+        self.runner.forget(request)
+        self.tell(answer, None)
+        self.release_followers(answer)
+
+    def release_followers(self, answer: Answer) -> None:
+        for follower in answer.followers:
+            self.inbox.append(("submit", follower))
+        answer.followers = []
+
+    def tell(self, answer: Answer, piece: Piece | None) -> None:
+        if answer.listener:
+            answer.listener(answer, piece)
+        elif piece is not None:
+            answer.pieces.append(piece)
+
+    # ---- what it did
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start, and the state now. Tokens: computed = useful + wasted once everything has ended.
+
+        wasted: computed a second time after a preemption, or for an answer that failed or was cancelled. reused:
+        prompt tokens found in the prefix cache. KV blocks: held by requests, cached (contents kept, nobody's), empty.
+        """
+        blocks, scheduler = self.scheduler.blocks, self.scheduler
+        cached = sum(block in blocks.key_of for block in blocks.free)
+        return self.counts | {
+            "waiting": len(scheduler.waiting),
+            "running": len(scheduler.running),
+            "preemptions": scheduler.preemptions,
+            "kv_blocks": blocks.count,
+            "kv_blocks_held": blocks.count - len(blocks.free),
+            "kv_blocks_cached": cached,
+            "kv_blocks_empty": len(blocks.free) - cached,
+        }
+
+
+def failed(slices: Sequence[Slice], error: Exception) -> list[Exception]:
+    """The same error for every request of a plan."""
+    why = StepFailed(f"the forward pass failed ({type(error).__name__}: {error})")
+    why.__cause__ = error
+    return [why] * len(slices)
