@@ -30,11 +30,11 @@ class Transformer:
     ) -> None:  # fmt: skip
         self.shape, self.device, self.dtype, self.size = shape, device, dtype, size
         loader = Loader(shape, tensors, make, device, dtype)
-        self.embedding = loader.table("wte" if shape.family == "gpt2" else "embed_tokens")
+        self.embedding = loader.table(loader.embedding)
         self.positions = loader.table("wpe") if shape.family == "gpt2" else None
         self.layers = [Layer(loader, i) for i in range(shape.layers)]
         self.norm = loader.norm("ln_f" if shape.family == "gpt2" else "norm")
-        self.head = loader.head(self.embedding)
+        self.head = loader.head()
         self.angles = torch.tensor(shape.rope, device=device)
         kv = (shape.layers, 2, blocks * size, shape.kv_heads, shape.head_dim)
         self.cache = torch.zeros(kv, device=device, dtype=dtype)
@@ -172,14 +172,27 @@ class Loader:
         bias = torch.cat([self.take(name + ".bias") for name in names]) if self.has(names[0] + ".bias") else None
         return self.make(torch.cat(weights), bias)
 
-    def head(self, embedding: torch.Tensor) -> Linear:
-        tied = self.shape.tied or not self.has("lm_head.weight")
-        return self.make(embedding if tied else self.take("lm_head.weight"), None)
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding table."""
+        return self.shape.tied or not self.has("lm_head.weight")
+
+    @property
+    def embedding(self) -> str:
+        """The table's name. Where it is also the head, a checkpoint holds it under either name."""
+        return next(name for name in ("wte", "embed_tokens", "lm_head") if self.has(name + ".weight"))
+
+    def head(self) -> Linear:
+        """The output head: (vocabulary, hidden), in both families."""
+        return self.make(self.take((self.embedding if self.tied else "lm_head") + ".weight"), None)
+
+    def norm_weights(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        bias = self.take(name + ".bias").to(self.dtype) if self.has(name + ".bias") else None
+        return self.take(name + ".weight").to(self.dtype), bias
 
     def norm(self, name: str) -> Norm:
-        weight, eps = self.take(name + ".weight").to(self.dtype), self.shape.norm_eps
-        if self.has(name + ".bias"):
-            bias = self.take(name + ".bias").to(self.dtype)
+        (weight, bias), eps = self.norm_weights(name), self.shape.norm_eps
+        if bias is not None:
             return lambda x: F.layer_norm(x, weight.shape, weight, bias, eps)
         return lambda x: rms_norm(x, weight, eps)
 

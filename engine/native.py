@@ -1,0 +1,218 @@
+"""engine/native.c, compiled for this machine and called from Python: transformer.py's twin for CPUs.
+
+Nothing else is needed than a C compiler (cc, gcc, clang). The library is kept in the cache, by the hash of its source,
+compiler and processor. Where there is no compiler, or it fails, the engine runs on transformer.py.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from ctypes import POINTER, Structure, addressof, byref, c_float, c_int32, c_long, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from config import cache_dir
+from engine.shape import Shape
+from engine.step import Step
+from engine.transformer import Loader
+from weights.tensors import Tensors
+
+SOURCE = Path(__file__).with_suffix(".c")
+PANEL = 16  # as in native.c; also the only size of a block that it knows
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
+
+
+class NotAvailable(Exception):
+    """No native code here, and why."""
+
+
+class Matrix(Structure):
+    _fields_ = (("weights", c_void_p), ("bias", c_void_p), ("outputs", c_long), ("inputs", c_long))
+
+
+class Norm(Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
+class Layer(Structure):
+    _fields_ = (
+        *((name, Norm) for name in ("norm1", "norm2", "q_norm", "k_norm")),
+        *((name, Matrix) for name in ("qkv", "out", "gate", "up", "down")),
+    )
+
+
+class Model(Structure):
+    _fields_ = (
+        *((name, c_long) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "window", "blocks")),
+        ("wide", c_long), ("cache_wide", c_long), ("eps", c_float), ("layer", POINTER(Layer)), ("norm", Norm), ("head", Matrix),
+        ("embedding", c_void_p), ("positions", c_void_p), ("angles", c_void_p), ("keys", c_void_p),
+        ("values", c_void_p),
+    )  # fmt: skip
+
+
+class PartOf(Structure):
+    _fields_ = (("first", c_long), ("count", c_long), ("length", c_long), ("blocks", c_void_p))
+
+
+class StepOf(Structure):
+    _fields_ = (
+        ("rows", c_long), ("parts", c_long), ("wanted", c_long), ("token", c_void_p), ("position", c_void_p),
+        ("wanted_row", c_void_p), ("part", POINTER(PartOf)), ("part_of", c_void_p),
+    )  # fmt: skip
+
+
+# ---- the library
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled functions. NotAvailable when there is no compiler that can make them."""
+    path = compiled()
+    if not path.exists():
+        build(path)
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NotAvailable(f"the compiled library cannot be loaded ({error})") from error
+    loaded.scratch_floats.restype = c_long
+    return loaded
+
+
+def compiled() -> Path:
+    """Where the library for this source, compiler and processor lies, once it was made."""
+    identity = (SOURCE.read_text(), compiler(), FLAGS, platform.machine(), cpu_flags())
+    return cache_dir() / "native" / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
+
+
+def compiler() -> str:
+    found = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if found is None:
+        raise NotAvailable("there is no C compiler (cc, gcc, clang)")
+    return found
+
+
+def cpu_flags() -> str:
+    """What the processor can do: the cache may be on a disk that several machines share."""
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def build(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler(), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NotAvailable(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
+        os.replace(made, path)
+
+
+# ---- the network
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class NativeTransformer:
+    """The face of transformer.Transformer. form: "float32" or "float16", how weights are kept; the rest is float32."""
+
+    def __init__(
+        self, shape: Shape, tensors: Tensors, form: str, cache_form: str, *, blocks: int, threads: int
+    ) -> None:
+        self.c, self.shape, self.threads = library(), shape, threads
+        self.wide, self.kept_as = form == "float32", getattr(torch, form)
+        self.kept: list[torch.Tensor] = []  # those whose addresses C holds
+        loader = Loader(shape, tensors, self.packed, torch.device("cpu"), torch.float32)
+        gpt2 = shape.family == "gpt2"
+        self.layers = (Layer * shape.layers)(*(self.layer(loader, i) for i in range(shape.layers)))
+        kv = (shape.layers, blocks, shape.kv_heads, shape.head_dim, PANEL)
+        self.keys, self.values = (torch.zeros(kv, dtype=getattr(torch, cache_form)) for _ in "kv")
+        self.model = Model(
+            layers=shape.layers, hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.head_dim,
+            inner=shape.inner, window=shape.window or 0, blocks=blocks, wide=self.wide, cache_wide=cache_form == "float32", eps=shape.norm_eps,
+            layer=self.layers, norm=self.norm(loader, "ln_f" if gpt2 else "norm"),
+            head=loader.head(),
+            embedding=None if loader.tied else self.keep(loader.take(loader.embedding + ".weight").to(self.kept_as)),
+            positions=self.keep(loader.table("wpe")) if gpt2 else None,
+            angles=self.keep(torch.tensor(shape.rope)) if shape.rope else None,
+            keys=self.keep(self.keys), values=self.keep(self.values),
+        )  # fmt: skip
+        self.scratch = torch.empty(0)
+
+    def layer(self, loader: Loader, i: int) -> Layer:
+        if self.shape.family == "gpt2":
+            p = f"h.{i}."
+            return Layer(
+                norm1=self.norm(loader, p + "ln_1"), norm2=self.norm(loader, p + "ln_2"),
+                qkv=loader.linear(p + "attn.c_attn"), out=loader.linear(p + "attn.c_proj"),
+                up=loader.linear(p + "mlp.c_fc"), down=loader.linear(p + "mlp.c_proj"),
+            )  # fmt: skip
+        p, a = f"layers.{i}.", f"layers.{i}.self_attn."
+        return Layer(
+            norm1=self.norm(loader, p + "input_layernorm"), norm2=self.norm(loader, p + "post_attention_layernorm"),
+            q_norm=self.norm(loader, a + "q_norm"), k_norm=self.norm(loader, a + "k_norm"),
+            qkv=loader.linear(a + "q_proj", a + "k_proj", a + "v_proj"), out=loader.linear(a + "o_proj"),
+            gate=loader.linear(p + "mlp.gate_proj"), up=loader.linear(p + "mlp.up_proj"),
+            down=loader.linear(p + "mlp.down_proj"),
+        )  # fmt: skip
+
+    def packed(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
+        outputs, inputs = weight.shape
+        panels = -(-outputs // PANEL)
+        kept = torch.empty(panels, inputs, PANEL, dtype=self.kept_as)
+        source = weight.float().contiguous()
+        self.c.pack(
+            c_void_p(source.data_ptr()), c_long(outputs), c_long(inputs), c_long(self.wide), c_void_p(kept.data_ptr())
+        )
+        return Matrix(self.keep(kept), None if bias is None else self.keep(bias.float()), outputs, inputs)
+
+    def norm(self, loader: Loader, name: str) -> Norm:
+        if not loader.has(name + ".weight"):
+            return Norm()
+        weight, bias = loader.norm_weights(name)
+        return Norm(self.keep(weight), None if bias is None else self.keep(bias))
+
+    def keep(self, tensor: torch.Tensor) -> int:
+        tensor = tensor.contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """Compute all rows of the step, keep their keys and values; logits (wanted rows, vocabulary) in float32."""
+        rows, context = len(step.tokens), max(part.length for part in step.parts)
+        need = self.c.scratch_floats(byref(self.model), c_long(rows), c_long(context), c_long(self.threads))
+        if need > len(self.scratch):
+            self.scratch = torch.empty(need)
+        numbers = [
+            step.tokens,
+            step.positions,
+            step.wanted,
+            [i for i, p in enumerate(step.parts) for _ in range(p.count)],
+        ]
+        arrays = [(c_int32 * len(row))(*row) for row in numbers]
+        tables = [(c_int32 * len(part.blocks))(*part.blocks) for part in step.parts]
+        parts = (PartOf * len(tables))(
+            *(PartOf(p.first, p.count, p.length, addressof(t)) for p, t in zip(step.parts, tables, strict=True))
+        )
+        token, position, wanted, part_of = map(addressof, arrays)
+        planned = StepOf(rows, len(parts), len(step.wanted), token, position, wanted, parts, part_of)
+        logits = torch.empty(len(step.wanted), self.shape.vocabulary)
+        self.c.forward(
+            byref(self.model),
+            byref(planned),
+            c_long(context),
+            c_long(self.threads),
+            c_void_p(self.scratch.data_ptr()),
+            c_void_p(logits.data_ptr()),
+        )
+        return logits
