@@ -37,7 +37,7 @@ typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef _Float16 half;
 
-typedef struct { const void *weights; const float *bias; long outputs, inputs; } Matrix;   /* weights: NULL, no such */
+typedef struct { const void *weights; const float *bias; long outputs, inputs; } Matrix;     /* NULL: there is none */
 typedef struct { const float *weight, *bias; } Norm;                     /* bias: LayerNorm; without one, RMSNorm */
 typedef struct { Norm norm1, norm2, q_norm, k_norm; Matrix qkv, out, gate, up, down; } Layer;
 typedef struct {
@@ -128,7 +128,6 @@ INLINE void store(const Matrix *m, vec sums[PARTS], long first, enum After after
     float out[PANEL];
     for (int p = 0; p < PARTS; p++) *(vec_unaligned *)(out + p * LANES) = sums[p];
     long count = m->outputs - first < PANEL ? m->outputs - first : PANEL;
-    if (m->bias) for (long i = 0; i < count; i++) out[i] += m->bias[first + i];
     if (after == ADD) for (long i = 0; i < count; i++) out[i] += y[first + i];
     if (after == GELU)
         for (int p = 0; p < PARTS; p++) *(vec_unaligned *)(out + p * LANES) = gelu(*(vec_unaligned *)(out + p * LANES));
@@ -139,13 +138,22 @@ INLINE const char *panel_of(const Matrix *m, long i, long wide) {
     return number(m->weights, i * PANEL * m->inputs, wide);
 }
 
+/* The sums of the i-th panel before anything is added: its biases, or zero. */
+INLINE void begin(int rows, vec sums[][PARTS], const Matrix *m, long i) {
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PARTS; p++)
+            sums[r][p] = m->bias ? *(const vec_unaligned *)(m->bias + i * PANEL + p * LANES) : splat(0);
+}
+
 INLINE void panel_rows(int rows, const Matrix *m, const Matrix *gate, long i, const float *x, enum After after, float *y,
                        long wide) {
-    vec sums[ROWS][PARTS] = {}, gates[ROWS][PARTS] = {};
+    vec sums[ROWS][PARTS], gates[ROWS][PARTS];
+    begin(rows, sums, m, i);
     const char *panel = panel_of(m, i, wide);
     tile(rows, sums, x, m->inputs, panel, PANEL, m->inputs, wide, panel + AHEAD, 0);
     if (gate) {
         const char *other = panel_of(gate, i, wide);
+        begin(rows, gates, gate, i);
         tile(rows, gates, x, m->inputs, other, PANEL, m->inputs, wide, other + AHEAD, 0);
         for (int r = 0; r < rows; r++)
             for (int p = 0; p < PARTS; p++) sums[r][p] *= silu(gates[r][p]);

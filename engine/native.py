@@ -16,11 +16,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from config import cache_dir
 from engine.shape import Shape
 from engine.step import Step
-from engine.transformer import Loader
+from engine.transformer import Loader, zeros
 from weights.tensors import Tensors
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -50,8 +51,8 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = (
         *((name, c_long) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "window", "blocks")),
-        ("wide", c_long), ("cache_wide", c_long), ("eps", c_float), ("layer", POINTER(Layer)), ("norm", Norm), ("head", Matrix),
-        ("embedding", c_void_p), ("positions", c_void_p), ("angles", c_void_p), ("keys", c_void_p),
+        ("wide", c_long), ("cache_wide", c_long), ("eps", c_float), ("layer", POINTER(Layer)), ("norm", Norm),
+        ("head", Matrix), ("embedding", c_void_p), ("positions", c_void_p), ("angles", c_void_p), ("keys", c_void_p),
         ("values", c_void_p),
     )  # fmt: skip
 
@@ -124,10 +125,13 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 
 class NativeTransformer:
-    """The face of transformer.Transformer. form: "float32" or "float16", how weights are kept; the rest is float32."""
+    """The face of transformer.Transformer. form: "float32" or "float16", how weights are kept; cache: likewise.
+
+    All arithmetic is float32.
+    """
 
     def __init__(
-        self, shape: Shape, tensors: Tensors, form: str, cache_form: str, *, blocks: int, threads: int
+        self, shape: Shape, tensors: Tensors, form: str, cache: torch.dtype, *, blocks: int, threads: int
     ) -> None:
         self.c, self.shape, self.threads = library(), shape, threads
         self.wide, self.kept_as = form == "float32", getattr(torch, form)
@@ -136,11 +140,12 @@ class NativeTransformer:
         gpt2 = shape.family == "gpt2"
         self.layers = (Layer * shape.layers)(*(self.layer(loader, i) for i in range(shape.layers)))
         kv = (shape.layers, blocks, shape.kv_heads, shape.head_dim, PANEL)
-        self.keys, self.values = (torch.zeros(kv, dtype=getattr(torch, cache_form)) for _ in "kv")
+        self.keys, self.values = (zeros(kv, cache, torch.device("cpu")) for _ in "kv")
         self.model = Model(
             layers=shape.layers, hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.head_dim,
-            inner=shape.inner, window=shape.window or 0, blocks=blocks, wide=self.wide, cache_wide=cache_form == "float32", eps=shape.norm_eps,
-            layer=self.layers, norm=self.norm(loader, "ln_f" if gpt2 else "norm"),
+            inner=shape.inner, window=shape.window or 0, blocks=blocks, wide=self.wide,
+            cache_wide=cache == torch.float32, eps=shape.norm_eps, layer=self.layers,
+            norm=self.norm(loader, "ln_f" if gpt2 else "norm"),
             head=loader.head(),
             embedding=None if loader.tied else self.keep(loader.take(loader.embedding + ".weight").to(self.kept_as)),
             positions=self.keep(loader.table("wpe")) if gpt2 else None,
@@ -148,6 +153,10 @@ class NativeTransformer:
             keys=self.keep(self.keys), values=self.keep(self.values),
         )  # fmt: skip
         self.scratch = torch.empty(0)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.kept) - self.keys.nbytes - self.values.nbytes
 
     def layer(self, loader: Loader, i: int) -> Layer:
         if self.shape.family == "gpt2":
@@ -174,7 +183,8 @@ class NativeTransformer:
         self.c.pack(
             c_void_p(source.data_ptr()), c_long(outputs), c_long(inputs), c_long(self.wide), c_void_p(kept.data_ptr())
         )
-        return Matrix(self.keep(kept), None if bias is None else self.keep(bias.float()), outputs, inputs)
+        filled = None if bias is None else self.keep(F.pad(bias.float(), (0, panels * PANEL - outputs)))
+        return Matrix(self.keep(kept), filled, outputs, inputs)
 
     def norm(self, loader: Loader, name: str) -> Norm:
         if not loader.has(name + ".weight"):

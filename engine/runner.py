@@ -1,7 +1,7 @@
 """From a plan to the next tokens, with tensors: the one seam between deciding who runs and computing it."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -9,7 +9,9 @@ from engine.request import Choice, Request
 from engine.sampler import Sampler
 from engine.scheduler import Slice
 from engine.step import Step, layout
-from model import Model
+
+if TYPE_CHECKING:
+    from model import Model  # it loads transformers, which takes seconds
 
 
 class Network(Protocol):
@@ -40,7 +42,7 @@ class TransformersRunner:
     Slower: nothing is batched, and the blocks only count. Prefixes cannot be shared (Blocks(reuse=False)).
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: "Model") -> None:
         self.model, self.sampler = model, Sampler()
         self.caches: dict[Request, Any] = {}
 

@@ -5,8 +5,10 @@ other: a matrix product does not care whose row it is, so nothing is padded. Key
 scheduler hands out. And the output head, a third of a small model's weights, is computed for wanted rows only.
 """
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,7 +39,15 @@ class Transformer:
         self.head = loader.head()
         self.angles = torch.tensor(shape.rope, device=device)
         kv = (shape.layers, 2, blocks * size, shape.kv_heads, shape.head_dim)
-        self.cache = torch.zeros(kv, device=device, dtype=dtype)
+        self.cache = zeros(kv, dtype, device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of matrices and tables; the norms are next to nothing."""
+        matrices = [self.head, *(m for one in self.layers for m in (one.qkv, one.out, one.up, one.down))]
+        shared = isinstance(self.head.__dict__.get("weight"), torch.Tensor) and self.head.weight is self.embedding
+        tables = [t for t in (None if shared else self.embedding, self.positions) if t is not None]
+        return sum(matrix.bytes for matrix in matrices) + sum(table.nbytes for table in tables)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
@@ -63,6 +73,13 @@ class Transformer:
 
     def ids(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.device)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU without touching them: memory is taken when it is first written, not gigabytes at the start."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = {
     "config": 0, "metrics": 0,
     "lab": 1, "tokenizer": 1, "weights": 1,
-    "engine": 1,
     "model": 2,
+    "engine": 3,
     "batcher": 3,  # its demonstration runs the model; the class itself knows neither torch nor the model
     "infer": 5, "inspect_prefill_decode": 5, "batch_experiment": 5, "kv_experiment": 5, "report": 5,
     "experiments": 5,
@@ -25,7 +25,8 @@ TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.ch
               "weights.hub", "weights.gguf_cache", "weights.random_init", "batcher",
               "lab.arrivals", "lab.simulation", "lab.prompts", "lab.batch_trial", "lab.batch_figures",
               "lab.batch_tables", "lab.batch_words", "lab.batch_window", "lab.batch_plots", "lab.kv_figures",
-              "engine.request", "engine.kv_blocks", "engine.scheduler",
+              "engine.request", "engine.kv_blocks", "engine.scheduler", "engine.engine", "engine.text", "engine.step",
+              "engine.shape",
               "lab.kv_ledger", "lab.kv_tables", "lab.kv_words", "lab.kv_plots")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
@@ -89,7 +90,7 @@ def test_importing_prints_nothing_and_halves_without_torch_load_none():
 
 def test_torch_is_imported_only_where_tensors_live():
     allowed = {"model", "infer", "inspect_prefill_decode", "kv_experiment"} | {
-        f"engine.{room}" for room in ("sampler", "transformer", "runner", "native")
+        f"engine.{room}" for room in ("sampler", "linear", "transformer", "runner", "native", "load")
     }
     for name, path in modules().items():
         if "torch" in {i.split(".")[0] for i in imports_of(path)}:

@@ -1,9 +1,7 @@
 """A checkpoint -> a network on a device."""
 
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -11,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 from config import UserError
 from weights import random_init
 from weights.find import Checkpoint, content_hash
+from weights.place import free_memory
 
 
 def load_net(
@@ -60,13 +59,3 @@ def check_memory(name: str, layout: Any, device: torch.device, dtype: torch.dtyp
             f"{name} needs {need / 1e9:.1f} GB for its weights and {free / 1e9:.1f} GB are free: use a smaller shape "
             "or a shorter --dtype."
         )
-
-
-def free_memory() -> int:
-    """Bytes that can still be taken: of the machine, or of the container's limit (cgroup v2) where that is less."""
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))

@@ -1,7 +1,9 @@
-"""Where a model is put: the device and the number format, and why these."""
+"""Where a model is put: the device and the number format, why these, and the memory there is."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from config import Config, UserError
@@ -42,3 +44,13 @@ def resolve(config: Config) -> Place:
     except (RuntimeError, TypeError) as error:
         raise UserError(f"--dtype {place.dtype_name} does not work on {name} here ({error}): use float32.") from error
     return place
+
+
+def free_memory() -> int:
+    """Bytes that can still be taken: of the machine, or of the container's limit (cgroup v2) where that is less."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))

@@ -11,7 +11,6 @@ from safetensors import safe_open
 
 from config import UserError
 from weights.find import Checkpoint
-from weights.load import load_net
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ def read(checkpoint: Checkpoint, seed: int = 0) -> Tensors:
     """
     if checkpoint.random_shape is None and any(checkpoint.folder.glob("*.safetensors")):
         return from_safetensors(checkpoint.folder)
+    from weights.load import load_net  # here: it loads transformers, which takes seconds
+
     net, _ = load_net(checkpoint, torch.device("cpu"), torch.float32, "sdpa", seed)
     return from_net(net)
 

@@ -1,0 +1,196 @@
+"""A model's name -> an engine that runs it, on the best arithmetic there is here, within a stated budget of memory."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from config import ModelConfig, UserError, knob
+from engine import native
+from engine.engine import Engine
+from engine.kv_blocks import BLOCK, Blocks
+from engine.linear import fastest
+from engine.runner import TorchRunner, TransformersRunner
+from engine.scheduler import Scheduler
+from engine.shape import Shape, Unsupported, shape_of
+from engine.transformer import Transformer
+from weights.find import Checkpoint, content_hash, find
+from weights.place import Place, free_memory, resolve
+from weights.tensors import Tensors, read
+
+SHARE_OF_FREE = 0.25
+
+
+@dataclass(frozen=True)
+class EngineConfig(ModelConfig):
+    """How many requests share how much. vLLM's names for the same: max_num_seqs, max_num_batched_tokens."""
+
+    max_running: int = knob(32, "requests that hold memory at once (max_num_seqs)", least=1)
+    max_tokens: int = knob(512, "tokens computed in one step, at most (max_num_batched_tokens)", least=1)
+    kv_memory: float = knob(
+        0.0, "GB for keys and values; 0 = what max_running contexts need, at most a quarter of what is free", least=0
+    )
+    whole_prompts: bool = knob(False, "compute each prompt in one step, never in pieces (no chunked prefill)")
+    no_prefix_cache: bool = knob(False, "never share the keys and values of a common beginning")
+    native: str = knob("auto", "use the C forward pass where it can be compiled", choices=("auto", "off"))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine and what is known of it. about: for cards and records."""
+
+    engine: Engine
+    about: dict[str, Any]
+
+
+def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = None) -> Loaded:
+    """Find, read and place the model. UserError: it cannot be had, or does not fit."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    checkpoint, place = find(config.model), resolve(config)
+    tensors = read(checkpoint, config.seed)
+    try:
+        shape = shape_of(tensors.config)
+    except Unsupported as why:
+        return through_transformers(config, checkpoint, place, str(why), decode)
+    form, cache_dtype = formats(config, place)
+    blocks = block_count(config, shape, cache_dtype, place.device)
+    network, kernel = build(config, shape, tensors, place, form, cache_dtype, blocks)
+    about = describe(checkpoint, place, shape) | {
+        "kernel": kernel,
+        "weights": form,
+        "weight_bytes": network.weight_bytes,
+        "cache": str(cache_dtype).removeprefix("torch."),
+        "kv_bytes_per_token": shape.kv_numbers_per_token() * cache_dtype.itemsize,
+        "kv_blocks": blocks,
+        "context": shape.context,
+    }
+    scheduler = scheduler_for(config, Blocks(blocks, reuse=not config.no_prefix_cache))
+    engine = Engine(
+        TorchRunner(network), scheduler, eos_ids=eos_of(checkpoint, tensors), context=shape.context,
+        vocabulary=shape.vocabulary, decode=decode,
+    )  # fmt: skip
+    return Loaded(engine, about)
+
+
+def formats(config: EngineConfig, place: Place) -> tuple[str, torch.dtype]:
+    """(how weights are kept, the cache's numbers).
+
+    On a CPU: by default, weights rounded to float16 and all arithmetic and the cache in float32. Reading the weights is
+    most of a step, and what the rounding changes is measured (benchmarks/): no token of the embedded model's answers.
+    """
+    if place.device.type != "cpu":
+        return place.dtype_name, place.dtype
+    if config.dtype == "auto":
+        return "float16", torch.float32
+    return config.dtype, place.dtype
+
+
+def build(
+    config: EngineConfig, shape: Shape, tensors: Tensors, place: Place, form: str, cache: torch.dtype, blocks: int
+) -> tuple[Any, str]:
+    """The network, and the name of what computes it."""
+    why = "--native off" if config.native == "off" else native_lacks(shape, place, form)
+    if why is None:
+        try:
+            network = native.NativeTransformer(
+                shape, tensors, form, cache, blocks=blocks, threads=torch.get_num_threads()
+            )
+            return network, "native.c"
+        except native.NotAvailable as error:
+            why = str(error)
+    dtype = torch.float32 if form == "float16" and place.device.type == "cpu" else cache
+    kernel, make = fastest(form, place.device, torch.randn(shape.inner, shape.hidden, device=place.device))
+    network = Transformer(shape, tensors, make, device=place.device, dtype=dtype, blocks=blocks, size=BLOCK)
+    return network, f"{kernel} ({why})" if place.device.type == "cpu" else kernel
+
+
+def native_lacks(shape: Shape, place: Place, form: str) -> str | None:
+    """Why native.c cannot compute this, or None."""
+    if place.device.type != "cpu":
+        return f"native.c is for CPUs, this is {place.device.type}"
+    if form not in ("float32", "float16"):
+        return f"native.c has no {form} weights"
+    if shape.head_dim % native.PANEL:
+        return f"native.c wants heads of a multiple of {native.PANEL} numbers, these have {shape.head_dim}"
+    return None
+
+
+def block_count(config: EngineConfig, shape: Shape, cache: torch.dtype, device: torch.device) -> int:
+    """KV blocks that the budget buys. UserError when it is not enough for one sequence of any use."""
+    bytes_each = BLOCK * shape.kv_numbers_per_token() * cache.itemsize
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_memory()
+    budget = config.kv_memory * 1e9 or SHARE_OF_FREE * free
+    if config.kv_memory and budget > free:
+        raise UserError(f"--kv-memory {config.kv_memory:g} GB is more than the {free / 1e9:.1f} GB that are free.")
+    useful = config.max_running * -(-shape.context // BLOCK)
+    blocks = min(int(budget // bytes_each), useful)
+    if blocks < 1:
+        raise UserError(f"{budget / 1e9:.3f} GB do not hold {BLOCK} tokens of keys and values: raise --kv-memory.")
+    return blocks
+
+
+def scheduler_for(config: EngineConfig, blocks: Blocks) -> Scheduler:
+    if config.max_tokens < config.max_running:
+        raise UserError(
+            f"--max-tokens {config.max_tokens} is less than --max-running {config.max_running}: each running request "
+            "needs a token per step."
+        )
+    chunked = not config.whole_prompts
+    return Scheduler(blocks, max_running=config.max_running, max_tokens=config.max_tokens, chunked=chunked)
+
+
+def describe(checkpoint: Checkpoint, place: Place, shape: Shape) -> dict[str, Any]:
+    folder = None if checkpoint.timing_only else checkpoint.folder
+    return {
+        "name": checkpoint.name,
+        "origin": checkpoint.origin,
+        "hash": content_hash(folder) if folder else "random",
+        "timing_only": checkpoint.timing_only,
+        "device": place.device.type,
+        "family": shape.family,
+    }
+
+
+def eos_of(checkpoint: Checkpoint, tensors: Tensors) -> frozenset[int]:
+    """The tokens that end an answer. Random weights never mean to stop."""
+    if checkpoint.timing_only or checkpoint.folder is None:
+        return frozenset()
+    wishes = checkpoint.folder / "generation_config.json"
+    said = json.loads(wishes.read_text()).get("eos_token_id") if wishes.exists() else None
+    said = tensors.config.get("eos_token_id") if said is None else said
+    return frozenset(said if isinstance(said, list) else [] if said is None else [said])
+
+
+def through_transformers(
+    config: EngineConfig, checkpoint: Checkpoint, place: Place, why: str, decode: Any
+) -> Loaded:  # fmt: skip
+    """Any other architecture: transformers' own forward, a request at a time."""
+    import model  # here: it loads transformers, which takes seconds
+
+    loaded = model.load_model(checkpoint, config, place)
+    context = loaded.context or 2048
+    useful = config.max_running * -(-context // BLOCK)
+    per_token = loaded.kv_bytes_per_token()
+    blocks = min(int((config.kv_memory * 1e9 or SHARE_OF_FREE * free_memory()) // (BLOCK * per_token)), useful)
+    about = loaded.description() | {
+        "kernel": f"transformers, one request at a time ({why})", "weights": place.dtype_name,
+        "weight_bytes": loaded.weight_bytes(), "cache": place.dtype_name, "kv_bytes_per_token": per_token,
+        "kv_blocks": blocks,
+    }  # fmt: skip
+    engine = Engine(
+        TransformersRunner(loaded), scheduler_for(config, Blocks(blocks, reuse=False)), eos_ids=loaded.stops(False),
+        context=loaded.context, vocabulary=loaded.vocabulary, decode=decode,
+    )  # fmt: skip
+    return Loaded(engine, about)
+
+
+def prepare() -> str | None:
+    """Compile native.c if that has not been done: seconds, once. The reason when it cannot be done."""
+    try:
+        native.library()
+    except native.NotAvailable as why:
+        return str(why)
+    return None
