@@ -1,0 +1,89 @@
+"""Text while it grows: the pieces joined are the whole, and a stop string is cut exactly, wherever tokens end."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.text import Text
+
+
+def decode(ids) -> str:
+    """One token per byte, as byte-level tokenizers decode."""
+    return bytes(ids).decode(errors="replace")
+
+
+def grown(data: bytes, stop=()) -> tuple[list[str], Text]:
+    text, pieces = Text(decode, stop), []
+    for byte in data:
+        pieces.append(text.add(byte))
+        if text.stopped_by is not None:
+            break
+    return [*pieces, text.end()], text
+
+
+@given(st.binary(max_size=200))
+def test_the_pieces_of_any_bytes_joined_are_their_text(data):
+    pieces, text = grown(data)
+    assert "".join(pieces) == text.text == data.decode(errors="replace")
+
+
+@given(st.text(max_size=120))
+def test_no_piece_shows_half_a_character(written):
+    pieces, _ = grown(written.encode())
+    assert "".join(pieces) == written
+    assert all(piece in written for piece in pieces)
+
+
+@given(st.text("abé€🙂", max_size=60), st.lists(st.text("abé€🙂", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_text_ends_exactly_before_the_first_stop_string(written, stops):
+    pieces, text = grown(written.encode(), tuple(stops))
+    # The slow, obvious version: after every byte, look for the stop string that begins first.
+    for end in range(len(written.encode()) + 1):
+        so_far = written.encode()[:end].decode(errors="ignore")
+        places = [(so_far.find(stop), stop) for stop in stops if stop in so_far]
+        if places:
+            assert (text.text, text.stopped_by) == (so_far[: min(places)[0]], min(places)[1])
+            break
+    else:
+        assert (text.text, text.stopped_by) == (written, None)
+    assert "".join(pieces) == text.text
+
+
+def test_what_may_become_a_stop_string_waits_and_is_shown_when_it_did_not():
+    text = Text(decode, ("END",))
+    assert [text.add(byte) for byte in b"aENbEN"] == ["a", "", "", "ENb", "", ""]
+    assert text.end() == "EN"
+
+
+def test_a_long_answer_is_not_decoded_anew_for_each_token():
+    lengths = []
+
+    def watched(ids) -> str:
+        lengths.append(len(ids))
+        return decode(ids)
+
+    text = Text(watched)
+    for _ in range(1000):
+        text.add(97)
+    assert max(lengths) <= 32
+    assert text.end() == ""
+    assert text.text == "a" * 1000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_embedded_tokenizer_too(seed):
+    from config import UserError
+    from tokenizer import load_tokenizer
+    from weights.find import find
+
+    try:
+        tokenizer = load_tokenizer(find("smollm2").folder)
+    except UserError as why:
+        pytest.skip(str(why))
+    dice = random.Random(seed)
+    ids = [dice.randrange(49152) for _ in range(300)] + tokenizer.encode("Grüße, 你好, 🙂 and <|im_end|> more")
+    text = Text(tokenizer.decode)
+    pieces = [text.add(token) for token in ids]
+    assert "".join(pieces) + text.end() == tokenizer.decode(ids)
