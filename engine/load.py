@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,10 +40,16 @@ class EngineConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine and what is known of it. about: for cards and records."""
+    """A model in its place. new_engine(**changes of the config) makes engines on it, with nothing in their caches; one
+    of them at a time. about: for cards and records.
+    """
 
-    engine: Engine
+    new_engine: Callable[..., Engine]
     about: dict[str, Any]
+
+    @cached_property
+    def engine(self) -> Engine:
+        return self.new_engine()
 
 
 def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = None) -> Loaded:
@@ -67,12 +74,15 @@ def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = N
         "kv_blocks": blocks,
         "context": shape.context,
     }
-    scheduler = scheduler_for(config, Blocks(blocks, reuse=not config.no_prefix_cache))
-    engine = Engine(
-        TorchRunner(network), scheduler, eos_ids=eos_of(checkpoint, tensors), context=shape.context,
-        vocabulary=shape.vocabulary, decode=decode,
-    )  # fmt: skip
-    return Loaded(engine, about)
+    eos_ids = eos_of(checkpoint, tensors)
+
+    def new_engine(**changes: Any) -> Engine:
+        return Engine(
+            TorchRunner(network), scheduler_for(replace(config, **changes), blocks), eos_ids=eos_ids,
+            context=shape.context, vocabulary=shape.vocabulary, decode=decode,
+        )  # fmt: skip
+
+    return Loaded(new_engine, about)
 
 
 def formats(config: EngineConfig, place: Place) -> tuple[str, torch.dtype]:
@@ -132,14 +142,15 @@ def block_count(config: EngineConfig, shape: Shape, cache: torch.dtype, device: 
     return blocks
 
 
-def scheduler_for(config: EngineConfig, blocks: Blocks) -> Scheduler:
+def scheduler_for(config: EngineConfig, blocks: int, reuse: bool = True) -> Scheduler:
     if config.max_tokens < config.max_running:
         raise UserError(
             f"--max-tokens {config.max_tokens} is less than --max-running {config.max_running}: each running request "
             "needs a token per step."
         )
+    empty = Blocks(blocks, reuse=reuse and not config.no_prefix_cache)
     chunked = not config.whole_prompts
-    return Scheduler(blocks, max_running=config.max_running, max_tokens=config.max_tokens, chunked=chunked)
+    return Scheduler(empty, max_running=config.max_running, max_tokens=config.max_tokens, chunked=chunked)
 
 
 def describe(checkpoint: Checkpoint, place: Place, shape: Shape) -> dict[str, Any]:
@@ -180,11 +191,14 @@ def through_transformers(
         "weight_bytes": loaded.weight_bytes(), "cache": place.dtype_name, "kv_bytes_per_token": per_token,
         "kv_blocks": blocks,
     }  # fmt: skip
-    engine = Engine(
-        TransformersRunner(loaded), scheduler_for(config, Blocks(blocks, reuse=False)), eos_ids=loaded.stops(False),
-        context=loaded.context, vocabulary=loaded.vocabulary, decode=decode,
-    )  # fmt: skip
-    return Loaded(engine, about)
+
+    def new_engine(**changes: Any) -> Engine:
+        return Engine(
+            TransformersRunner(loaded), scheduler_for(replace(config, **changes), blocks, reuse=False),
+            eos_ids=loaded.stops(False), context=loaded.context, vocabulary=loaded.vocabulary, decode=decode,
+        )  # fmt: skip
+
+    return Loaded(new_engine, about)
 
 
 def prepare() -> str | None:
