@@ -3,7 +3,8 @@
 In a static batch the short answers wait for the long ones, and whoever comes a moment late waits for all of them.
 Continuous batching (Orca, OSDI 2022) decides anew before every step: who is done leaves, who waits joins. The same
 requests, of mixed lengths, are served by one-by-one transformers, by Day 2's batcher, by transformers' own continuous
-batching and by this kit's engine; every way must give the same tokens.
+batching, and by this kit's engine, which is also made to wait for its batches: that row differs from the last one in
+nothing else. Every way must give the same tokens.
 
     python3 -m experiments.continuous_batching                     # about six minutes on two cores
     python3 -m experiments.continuous_batching --quick             # a first look
@@ -96,10 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     if config.native != "off":
         console.warn(not_native(engine_load.prepare()))
     loaded = engine_load.load(config)
+    size = min(config.batch_size, config.requests)
     ways: list[Way] = [
         OneByOne(model),
-        StaticBatches(model, tokenizer.pad_id, min(config.batch_size, config.requests), config.window_ms),
+        StaticBatches(model, tokenizer.pad_id, size, config.window_ms),
         TransformersContinuous(model, config.max_tokens),
+        OurEngine(loaded.new_engine, f"this engine, {size} at a time", static=size),
         OurEngine(loaded.new_engine),
         *endpoints(config, tokenizer.decode),
     ]

@@ -207,10 +207,14 @@ class TransformersContinuous:
 
 
 class OurEngine:
-    """The engine of this house, driven by this thread."""
+    """The engine of this house, driven by this thread.
 
-    def __init__(self, make: Callable[[], Engine], name: str = "this engine") -> None:
-        self.make, self.name = make, name
+    static: hand it so many requests at a time, and the next ones when all of those are done: the same arithmetic, with
+    the batches of Day 2. 0 hands over each request when it is due.
+    """
+
+    def __init__(self, make: Callable[[], Engine], name: str = "this engine", static: int = 0) -> None:
+        self.make, self.name, self.static = make, name, static
 
     def run(self, load: Load) -> dict[str, Any]:
         """A fresh engine each time: an empty prefix cache, counts from zero. The weights are the same."""
@@ -219,9 +223,11 @@ class OurEngine:
         order = sorted(range(len(load.prompts)), key=load.dues_s.__getitem__)
         answers: dict[int, Answer] = {}
         while len(answers) < len(order) or any(not answer.done for answer in answers.values()):
-            while len(answers) < len(order) and load.dues_s[order[len(answers)]] <= seen.now():
+            open_places = self.open_places(answers, len(order))
+            while open_places and len(answers) < len(order) and load.dues_s[order[len(answers)]] <= seen.now():
                 i = order[len(answers)]
                 answers[i] = engine.submit(load.prompts[i], wish(load.new_tokens[i]), listener=self.heard(seen, i))
+                open_places -= 1
             if not engine.step() and len(answers) < len(order):
                 seen.wait(load.dues_s[order[len(answers)]])
         seen.answers = {i: answer.result().tokens for i, answer in answers.items()}
@@ -235,6 +241,12 @@ class OurEngine:
                 for s in engine.steps
             ],
         )
+
+    def open_places(self, answers: dict[int, Answer], all_of_them: int) -> int:
+        """How many requests may be handed over now."""
+        if not self.static:
+            return all_of_them
+        return 0 if any(not answer.done for answer in answers.values()) else self.static
 
     def heard(self, seen: Moments, i: int) -> Callable[[Answer, Piece | None], None]:
         def listener(_answer: Answer, piece: Piece | None) -> None:
