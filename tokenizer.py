@@ -30,6 +30,7 @@ class TransformersCodec:
 
     def __init__(self, hf) -> None:
         self.hf = hf
+        self.core = getattr(hf, "backend_tokenizer", None)  # none in tokenizers that are written in Python
 
     def encode(self, text: str) -> list[int]:
         return self.hf(text).input_ids
@@ -39,6 +40,8 @@ class TransformersCodec:
         return self.hf.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
+        if self.core is not None:  # the same result without the wrapper's checks: an engine decodes with every token
+            return self.core.decode(ids, skip_special_tokens=True)
         return self.hf.decode(ids, clean_up_tokenization_spaces=False, skip_special_tokens=True)
 
 

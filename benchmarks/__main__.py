@@ -30,6 +30,9 @@ ALL = (
     "prediction",
     "kv_growth",
     "same_step",
+    "engine_identity",
+    "engine_speed",
+    "engine_cost",
 )
 
 

@@ -36,7 +36,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """One new token and the text that became certain with it."""
+    """One new token and the text that has become certain by now."""
 
     choice: Choice
     text: str
@@ -55,12 +55,16 @@ class StepTimes:
 
 
 class Answer:
-    """The asker's side of a request. Iterate over it for its pieces; result() waits for the end."""
+    """The asker's side of a request. Iterate over it for its pieces; result() waits for the end.
 
-    def __init__(self, engine: "Engine", request: Request, listener: Callable[["Answer", Piece | None], None] | None):
+    choices: every token so far. Its text is decoded when the asker wants it, in the asker's time and not in the step's;
+    except where a stop string is looked for.
+    """
+
+    def __init__(self, engine: "Engine", request: Request, listener: "Listener | None") -> None:
         self.engine, self.request, self.listener = engine, request, listener
-        self.pieces: deque[Piece] = deque()
         self.choices: list[Choice] = []
+        self.read = self.written = 0  # of the choices: taken by __iter__, and handed to the writer
         self.writer = Text(engine.decode, request.sampling.stop) if engine.decode else None
         self.followers: list[Answer] = []
 
@@ -70,16 +74,37 @@ class Answer:
 
     @property
     def text(self) -> str:
+        """All of it so far."""
+        self.catch_up()
         return self.writer.text if self.writer else ""
+
+    def new_text(self) -> str:
+        """What has become certain since it was last asked for."""
+        self.catch_up()
+        return self.writer.take() if self.writer else ""
+
+    def catch_up(self) -> None:
+        """Decode the tokens that are not decoded yet; with stop strings, the engine has done it."""
+        if self.writer and not self.request.sampling.stop:
+            self.decode_new()
+
+    def decode_new(self) -> None:
+        done = self.done  # asked first: a token may come meanwhile, but not after the end
+        while self.written < len(self.choices):
+            self.writer.add(self.choices[self.written].token)
+            self.written += 1
+        if done and not self.writer.ended:
+            self.writer.end()
 
     @property
     def done(self) -> bool:
         return self.request.status is Status.DONE
 
     def __iter__(self) -> Iterator[Piece]:
-        while self.pieces or not self.done:
-            if self.pieces:
-                yield self.pieces.popleft()
+        while self.read < len(self.choices) or not self.done:
+            if self.read < len(self.choices):
+                self.read += 1
+                yield Piece(self.choices[self.read - 1], self.new_text())
             else:
                 self.engine.step()
 
@@ -94,6 +119,9 @@ class Answer:
     def cancel(self) -> None:
         """Stop it before the next step, wherever it stands. From any thread; nothing happens when it is done."""
         self.engine.inbox.append(("cancel", self))
+
+
+Listener = Callable[[Answer, Choice | None], None]
 
 
 class Engine:
@@ -119,12 +147,12 @@ class Engine:
 
     def submit(
         self, prompt: Sequence[int], sampling: Sampling | None = None, *, salt: str = "",
-        listener: Callable[[Answer, Piece | None], None] | None = None,
+        listener: Listener | None = None,
     ) -> Answer:  # fmt: skip
         """Queue a prompt of token ids. Refusal, at once, when it can never be served.
 
-        listener: called in the engine's thread with every piece, and with None at the end; without one, the pieces
-        wait in the answer. salt: requests of different salts share no prefix.
+        listener: called in the engine's thread with every choice, and with None at the end. salt: requests of
+        different salts share no prefix.
         """
         answer = self.prepared(prompt, sampling or Sampling(), salt, listener)
         self.inbox.append(("submit", answer))
@@ -143,7 +171,7 @@ class Engine:
 
     def prepared(
         self, prompt: Sequence[int], sampling: Sampling, salt: str = "",
-        listener: Callable[[Answer, Piece | None], None] | None = None,
+        listener: Listener | None = None,
     ) -> Answer:  # fmt: skip
         self.check_fits(prompt, sampling)
         request = Request(next(self.numbers), list(prompt), sampling, Timeline(self.clock()), salt)
@@ -252,18 +280,20 @@ class Engine:
         request.tokens.append(choice.token)
         request.timeline.tokens.append(now)
         self.counts["delivered"] += 1
-        text = answer.writer.add(choice.token) if answer.writer else ""
+        answer.choices.append(choice)
+        cut = False
+        if wish.stop:
+            answer.decode_new()
+            cut = answer.writer.stopped_by is not None
         reason = None
-        cut = answer.writer is not None and answer.writer.stopped_by is not None
         if cut or choice.token in wish.stop_ids or (choice.token in self.eos_ids and not wish.ignore_eos):
             reason = "stop"
         elif len(request.tokens) - len(request.prompt) == wish.max_new_tokens:
             reason = "length"
-        if reason and answer.writer:
-            text += answer.writer.end()
-        answer.choices.append(choice)
-        self.tell(answer, Piece(choice, text))
-        self.release_followers(answer)
+        if answer.listener:
+            answer.listener(answer, choice)
+        if answer.followers:
+            self.release_followers(answer)
         if reason:
             self.finish(answer, reason, now)
 
@@ -279,19 +309,16 @@ class Engine:
         request.status = Status.DONE
         request.finish_reason, request.timeline.finished = reason, now
         self.runner.forget(request)
-        self.tell(answer, None)
+        if request.sampling.stop:
+            answer.decode_new()
+        if answer.listener:
+            answer.listener(answer, None)
         self.release_followers(answer)
 
     def release_followers(self, answer: Answer) -> None:
         for follower in answer.followers:
             self.inbox.append(("submit", follower))
         answer.followers = []
-
-    def tell(self, answer: Answer, piece: Piece | None) -> None:
-        if answer.listener:
-            answer.listener(answer, piece)
-        elif piece is not None:
-            answer.pieces.append(piece)
 
     # ---- what it did
 

@@ -41,7 +41,7 @@ typedef struct { const void *weights; const float *bias; long outputs, inputs; }
 typedef struct { const float *weight, *bias; } Norm;                     /* bias: LayerNorm; without one, RMSNorm */
 typedef struct { Norm norm1, norm2, q_norm, k_norm; Matrix qkv, out, gate, up, down; } Layer;
 typedef struct {
-    long layers, hidden, heads, kv_heads, dim, inner, window, blocks;
+    long layers, hidden, heads, kv_heads, dim, inner, window;
     long wide, cache_wide;                               /* whether weights, keys and values are float32, not float16 */
     float eps;
     const Layer *layer;
@@ -50,7 +50,7 @@ typedef struct {
     const void *embedding;                                      /* (vocabulary, hidden); NULL: it is the head, tied */
     const float *positions;                                     /* (context, hidden); NULL: rotary positions */
     const float *angles;                                        /* (dim / 2) */
-    void *keys, *values;           /* (layers, blocks, KV heads, dim, 16) and (layers, blocks, KV heads, 16, dim) */
+    void *keys, *values;           /* (blocks, layers, KV heads, dim, 16) and (blocks, layers, KV heads, 16, dim) */
 } Model;
 typedef struct { long first, count, length; const int32_t *blocks; } Part;
 typedef struct {
@@ -245,7 +245,7 @@ INLINE void rotate(float *x, const float *turn, long dim) {
 
 /* Where a block's keys, or values, of one KV head begin. */
 INLINE long cached(const Model *m, long layer, long block, long head) {
-    return ((layer * m->blocks + block) * m->kv_heads + head) * m->dim * PANEL;
+    return ((block * m->layers + layer) * m->kv_heads + head) * m->dim * PANEL;
 }
 
 INLINE void keep(void *to, long at, float value, long wide) {
@@ -374,8 +374,27 @@ long scratch_floats(const Model *m, long rows, long context, long threads) {
     return rows * (2 * m->hidden + width + m->heads * m->dim + m->inner + m->dim) + threads * ROWS * (context + PANEL);
 }
 
-/* Compute all rows, keep their keys and values; logits (wanted, vocabulary). */
-void forward(const Model *m, const Step *step, long context, long threads, float *scratch, float *logits) {
+/* The greatest of each row and where it stands, while the logits are still near. NaN when any of them is not finite. */
+static void find_likeliest(const float *logits, long rows, long n, float *best, int32_t *token) {
+#pragma omp for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        const float *row = logits + r * n;
+        float most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most) reduction(+ : sum)
+        for (long i = 0; i < n; i++) {
+            most = row[i] > most ? row[i] : most;
+            sum += row[i];
+        }
+        long i = 0;
+        while (i < n - 1 && row[i] != most) i++;
+        token[r] = i;
+        best[r] = isfinite(sum) ? most : NAN;
+    }
+}
+
+/* Compute all rows, keep their keys and values; logits (wanted, vocabulary), and of each row the likeliest token. */
+void forward(const Model *m, const Step *step, long context, long threads, float *scratch, float *logits, float *best,
+             int32_t *token) {
     long width = (m->heads + 2 * m->kv_heads) * m->dim, stride = context + PANEL;
     float *x = scratch, *h = x + step->rows * m->hidden, *qkv = h + step->rows * m->hidden;
     float *seen = qkv + step->rows * width, *inner = seen + step->rows * m->heads * m->dim;
@@ -399,6 +418,7 @@ void forward(const Model *m, const Step *step, long context, long threads, float
         }
         normalise_rows(m, &m->norm, x, rows, h);
         multiply(m, &m->head, 0, h, rows, STORE, logits);
+        find_likeliest(logits, rows, m->head.outputs, best, token);
     }
 }
 

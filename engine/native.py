@@ -50,7 +50,7 @@ class Layer(Structure):
 
 class Model(Structure):
     _fields_ = (
-        *((name, c_long) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "window", "blocks")),
+        *((name, c_long) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "window")),
         ("wide", c_long), ("cache_wide", c_long), ("eps", c_float), ("layer", POINTER(Layer)), ("norm", Norm),
         ("head", Matrix), ("embedding", c_void_p), ("positions", c_void_p), ("angles", c_void_p), ("keys", c_void_p),
         ("values", c_void_p),
@@ -139,11 +139,12 @@ class NativeTransformer:
         loader = Loader(shape, tensors, self.packed, torch.device("cpu"), torch.float32)
         gpt2 = shape.family == "gpt2"
         self.layers = (Layer * shape.layers)(*(self.layer(loader, i) for i in range(shape.layers)))
-        kv = (shape.layers, blocks, shape.kv_heads, shape.head_dim, PANEL)
+        # Block by block, not layer by layer: memory comes in pages of up to 2 MB, and is taken as tokens come.
+        kv = (blocks, shape.layers, shape.kv_heads, shape.head_dim, PANEL)
         self.keys, self.values = (zeros(kv, cache, torch.device("cpu")) for _ in "kv")
         self.model = Model(
             layers=shape.layers, hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.head_dim,
-            inner=shape.inner, window=shape.window or 0, blocks=blocks, wide=self.wide,
+            inner=shape.inner, window=shape.window or 0, wide=self.wide,
             cache_wide=cache == torch.float32, eps=shape.norm_eps, layer=self.layers,
             norm=self.norm(loader, "ln_f" if gpt2 else "norm"),
             head=loader.head(),
@@ -216,7 +217,9 @@ class NativeTransformer:
         )
         token, position, wanted, part_of = map(addressof, arrays)
         planned = StepOf(rows, len(parts), len(step.wanted), token, position, wanted, parts, part_of)
-        logits = torch.empty(len(step.wanted), self.shape.vocabulary)
+        wanted_rows = len(step.wanted)
+        logits = torch.empty(wanted_rows, self.shape.vocabulary)
+        best, tokens = (c_float * wanted_rows)(), (c_int32 * wanted_rows)()
         self.c.forward(
             byref(self.model),
             byref(planned),
@@ -224,5 +227,12 @@ class NativeTransformer:
             c_long(self.threads),
             c_void_p(self.scratch.data_ptr()),
             c_void_p(logits.data_ptr()),
+            best,
+            tokens,
         )
+        self.found = list(best), list(tokens)
         return logits
+
+    def likeliest(self, _logits: torch.Tensor) -> tuple[list[float], list[int]]:
+        """The greatest of each row of the last forward(), and its token."""
+        return self.found

@@ -19,6 +19,8 @@ class Network(Protocol):
 
     def forward(self, step: Step) -> torch.Tensor: ...
 
+    def likeliest(self, logits: torch.Tensor) -> tuple[list[float], list[int]]: ...
+
 
 class TorchRunner:
     """Lays the slices out, computes them in one forward pass, and chooses each next token."""
@@ -29,7 +31,8 @@ class TorchRunner:
     def run(self, slices: Sequence[Slice]) -> list[Choice | Exception | None]:
         with out_of_memory_named():
             logits = self.network.forward(layout(slices))
-        chosen = iter(self.sampler.choose(logits, [part.request for part in slices if part.last]))
+        caught_up = [part.request for part in slices if part.last]
+        chosen = iter(self.sampler.choose(logits, caught_up, self.network.likeliest(logits)))
         return [next(chosen) if part.last else None for part in slices]
 
     def forget(self, request: Request) -> None:

@@ -20,20 +20,23 @@ class Sampler:
     def __init__(self) -> None:
         self.dice: dict[Request, random.Random] = {}
 
-    def choose(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[Choice | Exception]:
-        """logits (B, vocabulary), a row per request -> its choice, or the error that is this request's alone."""
-        likeliest, tokens = logits.max(dim=-1)
-        fast = zip(likeliest.tolist(), tokens.tolist(), strict=True)
+    def choose(
+        self, logits: torch.Tensor, requests: Sequence[Request], found: tuple[list[float], list[int]] | None = None
+    ) -> list[Choice | Exception]:
+        """logits (B, vocabulary), a row per request -> its choice, or the error that is this request's alone.
+
+        found: each row's greatest and its token, where somebody knows them already.
+        """
         return [
-            self.guarded(logits[row], request, best, token)
-            for row, (request, (best, token)) in enumerate(zip(requests, fast, strict=True))
+            self.guarded(logits, row, request, best, token)
+            for row, (request, best, token) in enumerate(zip(requests, *(found or likeliest(logits)), strict=True))
         ]
 
-    def guarded(self, row: torch.Tensor, request: Request, best: float, token: int) -> Choice | Exception:
+    def guarded(self, logits: torch.Tensor, row: int, request: Request, best: float, token: int) -> Choice | Exception:
         try:
-            if not math.isfinite(best):  # max() passes NaN on
+            if not math.isfinite(best):  # the likeliest is the NaN, where there is one
                 raise BadLogits(f"the network's output for request {request.number} is {best}: its weights are damaged")
-            return Choice(token) if plain(request.sampling) else self.one(row.float(), request)
+            return Choice(token) if plain(request.sampling) else self.one(logits[row].float(), request)
         except Exception as error:
             return error
 
@@ -55,6 +58,16 @@ class Sampler:
 
     def forget(self, request: Request) -> None:
         self.dice.pop(request, None)
+
+
+def likeliest(logits: torch.Tensor) -> tuple[list[float], list[int]]:
+    """The greatest of each row, and its token. On a CPU by numpy, whose argmax takes a fifth of PyTorch's time."""
+    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+        best, tokens = logits.max(dim=-1)
+        return best.tolist(), tokens.tolist()
+    rows = logits.numpy()
+    tokens = rows.argmax(axis=-1)
+    return rows[range(len(rows)), tokens].tolist(), tokens.tolist()
 
 
 def plain(wish: Sampling) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.linear import Linear, Maker
+from engine.sampler import likeliest
 from engine.shape import Shape
 from engine.step import Part, Step
 from weights.tensors import Tensors
@@ -70,6 +71,10 @@ class Transformer:
             x = x + layer.out(attention(q, keys, values))
             x = x + layer.down(activate(layer.up(layer.norm2(x)), shape.gated))
         return self.head(self.norm(x[self.ids(step.wanted)])).float()
+
+    def likeliest(self, logits: torch.Tensor) -> tuple[list[float], list[int]]:
+        """The greatest of each row, and its token."""
+        return likeliest(logits)
 
     def ids(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.device)

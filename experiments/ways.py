@@ -18,8 +18,8 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
 from batcher import DynamicBatcher
-from engine.engine import Answer, Engine, Piece
-from engine.request import Sampling
+from engine.engine import Answer, Engine, Listener
+from engine.request import Choice, Sampling
 from lab.batch_trial import Served, run_trial
 from lab.records import output_hash
 from metrics import Stats
@@ -248,9 +248,9 @@ class OurEngine:
             return all_of_them
         return 0 if any(not answer.done for answer in answers.values()) else self.static
 
-    def heard(self, seen: Moments, i: int) -> Callable[[Answer, Piece | None], None]:
-        def listener(_answer: Answer, piece: Piece | None) -> None:
-            if piece is not None:
+    def heard(self, seen: Moments, i: int) -> Listener:
+        def listener(_answer: Answer, choice: Choice | None) -> None:
+            if choice is not None:
                 seen.token_s[i].append(seen.now())
 
         return listener

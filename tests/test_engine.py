@@ -201,8 +201,8 @@ def test_cancelled_at_any_stage_it_holds_nothing_and_disturbs_nobody(steps):
 def test_a_listener_may_cancel_and_hears_the_end_once():
     made, heard = engine(), []
 
-    def listener(answer, piece):
-        heard.append(piece.choice.token if piece else answer.request.finish_reason)
+    def listener(answer, choice):
+        heard.append(choice.token if choice else answer.request.finish_reason)
         if len(heard) == 3:
             answer.cancel()
 
