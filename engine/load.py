@@ -56,6 +56,11 @@ def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = N
     """Find, read and place the model. UserError: it cannot be had, or does not fit."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.max_tokens < config.max_running:
+        raise UserError(
+            f"--max-tokens {config.max_tokens} is less than --max-running {config.max_running}: each running request "
+            "needs a token per step."
+        )
     checkpoint, place = find(config.model), resolve(config)
     tensors = read(checkpoint, config.seed)
     try:
@@ -143,11 +148,6 @@ def block_count(config: EngineConfig, shape: Shape, cache: torch.dtype, device: 
 
 
 def scheduler_for(config: EngineConfig, blocks: int, reuse: bool = True) -> Scheduler:
-    if config.max_tokens < config.max_running:
-        raise UserError(
-            f"--max-tokens {config.max_tokens} is less than --max-running {config.max_running}: each running request "
-            "needs a token per step."
-        )
     empty = Blocks(blocks, reuse=reuse and not config.no_prefix_cache)
     chunked = not config.whole_prompts
     return Scheduler(empty, max_running=config.max_running, max_tokens=config.max_tokens, chunked=chunked)

@@ -61,7 +61,8 @@ def measure(config: ContinuousConfig, record: dict[str, Any], ways: list[Way], r
     """Every way once per round, in turning order; before that, once to warm up. Ctrl-C: partial."""
     todo = [(None, way) for way in ways]
     todo += [(i, way) for i in range(config.rounds) for way in (ways if i % 2 == 0 else reversed(ways))]
-    warm = Load(rounds[0].prompts[:4], [4] * len(rounds[0].prompts[:4]), [0.0] * 4)
+    few = rounds[0].prompts[:4]
+    warm = Load(few, [4] * len(few), [0.0] * len(few))
     try:
         for number, way in console.progress(todo, len(todo), "ways"):
             trial = way.run(warm if number is None else rounds[number])
