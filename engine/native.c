@@ -392,33 +392,60 @@ static void find_likeliest(const float *logits, long rows, long n, float *best, 
     }
 }
 
-/* Compute all rows, keep their keys and values; logits (wanted, vocabulary), and of each row the likeliest token. */
+/* What the time went to; engine/native.py has the same names in the same order. */
+enum Phase { EMBED, NORMS, QKV, PLACE, ATTEND, OUT, UP, DOWN, HEAD, PHASES };
+
+/* Add the seconds since the last call to a phase. Every phase ends with all threads waiting for each other. */
+static void book(double *spent, enum Phase phase, double *last) {
+    if (!spent) return;
+#pragma omp master
+    {
+        double now = omp_get_wtime();
+        spent[phase] += now - *last;
+        *last = now;
+    }
+}
+
+/* Compute all rows, keep their keys and values; logits (wanted, vocabulary), and of each row the likeliest token.
+   spent: PHASES seconds that are added to, or NULL. */
 void forward(const Model *m, const Step *step, long context, long threads, float *scratch, float *logits, float *best,
-             int32_t *token) {
+             int32_t *token, double *spent) {
     long width = (m->heads + 2 * m->kv_heads) * m->dim, stride = context + PANEL;
     float *x = scratch, *h = x + step->rows * m->hidden, *qkv = h + step->rows * m->hidden;
     float *seen = qkv + step->rows * width, *inner = seen + step->rows * m->heads * m->dim;
     float *turns = inner + step->rows * m->inner, *scores = turns + step->rows * m->dim;
+    double last = omp_get_wtime();
 #pragma omp parallel num_threads(threads)
     {
         long rows = step->rows;
         embed(m, step, x, turns);
+        book(spent, EMBED, &last);
         for (long l = 0; l < m->layers; l++) {
             const Layer *layer = m->layer + l;
             normalise_rows(m, &layer->norm1, x, rows, h);
+            book(spent, NORMS, &last);
             multiply(m, &layer->qkv, 0, h, rows, STORE, qkv);
+            book(spent, QKV, &last);
             place(m, layer, step, turns, qkv, l);
+            book(spent, PLACE, &last);
             if (m->cache_wide) attend(m, step, qkv, l, seen, scores, stride, 1);
             else attend(m, step, qkv, l, seen, scores, stride, 0);
+            book(spent, ATTEND, &last);
             if (l == m->layers - 1) rows = keep_wanted(m, step, x, seen);       /* nobody asks what the others hold */
             multiply(m, &layer->out, 0, seen, rows, ADD, x);
+            book(spent, OUT, &last);
             normalise_rows(m, &layer->norm2, x, rows, h);
+            book(spent, NORMS, &last);
             multiply(m, &layer->up, &layer->gate, h, rows, layer->gate.weights ? STORE : GELU, inner);
+            book(spent, UP, &last);
             multiply(m, &layer->down, 0, inner, rows, ADD, x);
+            book(spent, DOWN, &last);
         }
         normalise_rows(m, &m->norm, x, rows, h);
+        book(spent, NORMS, &last);
         multiply(m, &m->head, 0, h, rows, STORE, logits);
         find_likeliest(logits, rows, m->head.outputs, best, token);
+        book(spent, HEAD, &last);
     }
 }
 

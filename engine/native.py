@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, Structure, addressof, byref, c_float, c_int32, c_long, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_double, c_float, c_int32, c_long, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from engine.transformer import Loader, zeros
 from weights.tensors import Tensors
 
 SOURCE = Path(__file__).with_suffix(".c")
+PHASES = ("embedding", "norms", "q, k, v", "rotate, keep", "attention", "out", "up", "down", "head")
 PANEL = 16  # as in native.c; also the only size of a block that it knows
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 
@@ -154,6 +155,7 @@ class NativeTransformer:
             keys=self.keep(self.keys), values=self.keep(self.values),
         )  # fmt: skip
         self.scratch = torch.empty(0)
+        self.spent: ctypes.Array | None = None  # seconds by PHASES, while somebody wants to know
 
     @property
     def weight_bytes(self) -> int:
@@ -229,9 +231,19 @@ class NativeTransformer:
             c_void_p(logits.data_ptr()),
             best,
             tokens,
+            self.spent,
         )
         self.found = list(best), list(tokens)
         return logits
+
+    def anatomy(self, step: Step) -> dict[str, float]:
+        """Compute the step; the seconds of each phase, all layers together."""
+        self.spent = (c_double * len(PHASES))()
+        try:
+            self.forward(step)
+            return dict(zip(PHASES, self.spent, strict=True))
+        finally:
+            self.spent = None
 
     def likeliest(self, _logits: torch.Tensor) -> tuple[list[float], list[int]]:
         """The greatest of each row of the last forward(), and its token."""
