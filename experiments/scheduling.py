@@ -78,8 +78,9 @@ def cells(config: SchedulingConfig, loaded: Loaded, encode: Any) -> dict[str, tu
         for budget in config.budget_list
     }
     widest = max(config.budget_list)
+    room = config.long_prompt + config.chats  # for the whole prompt beside everybody's next token
     found["whole prompts"] = (
-        partial(loaded.new_engine, max_tokens=widest, max_running=config.chats + 1, whole_prompts=True),
+        partial(loaded.new_engine, max_tokens=max(room, widest), max_running=config.chats + 1, whole_prompts=True),
         long,
     )
     for running in config.running_list:

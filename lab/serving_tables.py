@@ -142,8 +142,8 @@ def sentences(record: Record) -> list[str]:
     said.append(
         f"All ways gave the same tokens to all {asked} requests."
         if not different
-        else f"Not all tokens are those of {record['ways'][0]}: {'; '.join(different)}. Weights rounded to float16 tip a "
-        "choice between two tokens that are nearly as likely; --dtype float32 does not round."
+        else f"Not all tokens are those of {record['ways'][0]}: {'; '.join(different)}. Weights rounded to float16 "
+        "tip a choice between two tokens that are nearly as likely; --dtype float32 does not round."
     )
     said.append(conservation(found[ours]))
     return said
