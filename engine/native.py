@@ -11,6 +11,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
+from contextlib import suppress
 from ctypes import POINTER, Structure, addressof, byref, c_double, c_float, c_int32, c_long, c_void_p
 from functools import cache
 from pathlib import Path
@@ -84,6 +86,23 @@ def library() -> ctypes.CDLL:
         raise NotAvailable(f"the compiled library cannot be loaded ({error})") from error
     loaded.scratch_floats.restype = c_long
     return loaded
+
+
+def compile_beside() -> bool:
+    """Start compiling on a thread if that was not done: nobody's first token waits for it. Whether it was started."""
+    try:
+        path = compiled()
+    except NotAvailable:
+        return False  # library() will say why
+    if path.exists():
+        return False
+
+    def quietly() -> None:
+        with suppress(NotAvailable):  # the next start tries again, and says it
+            build(path)
+
+    threading.Thread(target=quietly, name="compile native.c", daemon=True).start()
+    return True
 
 
 def compiled() -> Path:
@@ -248,3 +267,11 @@ class NativeTransformer:
     def likeliest(self, _logits: torch.Tensor) -> tuple[list[float], list[int]]:
         """The greatest of each row of the last forward(), and its token."""
         return self.found
+
+
+if __name__ == "__main__":  # `make` compiles it when it installs
+    try:
+        library()
+        print(f"native.c is compiled: {compiled()}")
+    except NotAvailable as why:
+        print(f"native.c is not used: {why}")

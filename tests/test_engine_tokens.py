@@ -121,7 +121,7 @@ def test_a_folder_becomes_an_engine_with_either_arithmetic(checkpoint_folder):
     prompt = [5, 6, 7]
     answers = []
     for wishes in ({}, {"native": "off"}, {"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "float16"}):
-        loaded = load(EngineConfig(model=str(checkpoint_folder), kv_memory=0.01, **wishes))
+        loaded = load(EngineConfig(**{"model": str(checkpoint_folder), "kv_memory": 0.01, "native": "wait"} | wishes))
         answers.append(loaded.engine.submit(prompt, Sampling(max_new_tokens=5)).result().tokens)
         assert loaded.about["kv_blocks"] * 16 * loaded.about["kv_bytes_per_token"] <= 0.01e9
     assert answers[0] == answers[1] == answers[2]
@@ -168,7 +168,9 @@ def test_the_embedded_model_answers_as_transformers_does():
         pytest.skip(str(why))
     texts = ["Explain why batching improves GPU utilization.", "The capital of France is", "Once upon a time"]
     asked = [tokenizer.codec.encode(text) for text in texts]
-    answers = load(EngineConfig(model="smollm2", kv_memory=0.2)).engine.generate(asked, Sampling(max_new_tokens=16))
+    answers = load(EngineConfig(model="smollm2", kv_memory=0.2, native="wait")).engine.generate(
+        asked, Sampling(max_new_tokens=16)
+    )
     for prompt, answer in zip(asked, answers, strict=True):
         rows = transformers_generate(model, torch.tensor([prompt]), max_new_tokens=16, eos_ids=model.eos_ids)
         assert answer.tokens == rows[0].tolist()

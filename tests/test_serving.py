@@ -29,7 +29,7 @@ def parts(checkpoint_folder):
     from engine.load import EngineConfig, load
     from model import load_pair
 
-    config = EngineConfig(model=str(checkpoint_folder), kv_memory=0.01, dtype="float32")
+    config = EngineConfig(model=str(checkpoint_folder), kv_memory=0.01, dtype="float32", native="wait")
     model, tokenizer = load_pair(config, "raw")
     return model, tokenizer, load(config)
 

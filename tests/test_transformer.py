@@ -1,5 +1,8 @@
 """The compact transformer and its twin in C: every architecture's logits against transformers', whatever the layout."""
 
+import threading
+import time
+
 import pytest
 import torch
 import transformers
@@ -187,6 +190,29 @@ def test_a_folder_gives_the_same_logits_as_the_network_in_memory(checkpoint_fold
     make = lambda weight, bias: Linear(weight, bias, torch.float32)  # noqa: E731
     network = Transformer(shape_of(tensors.config), tensors, make, device=cpu, dtype=torch.float32, blocks=2, size=16)
     close(network.forward(Step(prompt, [Part(0, 20, 20, [0, 1])], [19])), expected(net, prompt)[-1:])
+
+
+def test_nobody_waits_for_the_compiler(monkeypatch, tmp_path):
+    """The first start compiles beside its work; the next one finds the library."""
+    needs_compiler()
+    started, finished = threading.Event(), threading.Event()
+    monkeypatch.setenv("LLM_INFER_CACHE", str(tmp_path))
+
+    def slow(path) -> None:
+        started.set()
+        finished.wait(20)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(native, "build", slow)
+    assert native.compile_beside()
+    assert started.wait(20)
+    assert not native.compiled().exists()
+    finished.set()
+    deadline = time.monotonic() + 20
+    while not native.compiled().exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not native.compile_beside()
 
 
 def test_a_compiler_that_fails_and_one_that_is_missing_are_named(monkeypatch, tmp_path):
