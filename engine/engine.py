@@ -106,15 +106,19 @@ class Answer:
                 self.read += 1
                 yield Piece(self.choices[self.read - 1], self.new_text())
             else:
-                self.engine.step()
+                self.drive()
 
     def result(self) -> "Answer":
         """Drive the engine until this answer is complete. Raises the request's error, if it failed."""
         while not self.done:
-            self.engine.step()
+            self.drive()
         if self.request.error is not None:
             raise self.request.error
         return self
+
+    def drive(self) -> None:
+        if not self.engine.step() and not self.done:
+            raise RuntimeError(f"request {self.request.number} waits, and the engine has nothing to do")
 
     def cancel(self) -> None:
         """Stop it before the next step, wherever it stands. From any thread; nothing happens when it is done."""
@@ -272,7 +276,11 @@ class Engine:
                 request.error = result
                 self.finish(answer, "error", now)
             elif result is not None:
-                self.hand_over(answer, result, now)
+                try:
+                    self.hand_over(answer, result, now)
+                except Exception as error:  # its tokenizer's or its listener's: nobody else's business
+                    request.error, answer.listener = error, None
+                    self.finish(answer, "error", now)
 
     def hand_over(self, answer: Answer, choice: Choice, now: float) -> None:
         """One more token is known. It may be the last."""
@@ -309,10 +317,13 @@ class Engine:
         request.status = Status.DONE
         request.finish_reason, request.timeline.finished = reason, now
         self.runner.forget(request)
-        if request.sampling.stop:
+        if request.sampling.stop and reason != "error":
             answer.decode_new()
-        if answer.listener:
-            answer.listener(answer, None)
+        try:
+            if answer.listener:
+                answer.listener(answer, None)
+        except Exception as error:
+            request.error = request.error or error
         self.release_followers(answer)
 
     def release_followers(self, answer: Answer) -> None:

@@ -248,6 +248,48 @@ def test_a_failed_forward_pass_fails_its_requests_and_the_engine_goes_on():
     assert stats["wasted"] == 4  # a prompt token and a decoded one of each
 
 
+@pytest.mark.parametrize("at", [1, 3, "the end"])
+def test_a_listener_that_fails_fails_its_own_request_only(at):
+    heard = []
+
+    def broken(_answer, choice):
+        heard.append(choice)
+        if len(heard) == at or (choice is None and at == "the end"):
+            raise OSError("the client is gone")
+
+    made = engine()
+    bad = made.submit([1], Sampling(max_new_tokens=5), listener=broken)
+    good = made.submit([2], Sampling(max_new_tokens=5))
+    assert good.result().tokens == alone([2], 5)
+    assert isinstance(bad.request.error, OSError)
+    assert bad.request.finish_reason == ("length" if at == "the end" else "error")
+    assert made.stats()["kv_blocks_held"] == 0
+    made.scheduler.check()
+
+
+def test_a_tokenizer_that_fails_fails_its_own_request_only():
+    def decode(ids):
+        if 96 in ids:
+            raise ValueError("no such token")
+        return ""
+
+    third = alone([1], 3)[2]
+    made = engine(decode=lambda ids: decode([96]) if third in ids else "")
+    bad = made.submit([1], Sampling(max_new_tokens=5, stop=("x",)))
+    good = made.submit([2], Sampling(max_new_tokens=5))
+    assert good.result().tokens == alone([2], 5)
+    assert bad.request.finish_reason == "error"
+    assert made.stats()["kv_blocks_held"] == 0
+
+
+def test_an_answer_that_nobody_can_compute_is_said_and_not_waited_for():
+    made = engine()
+    answer = made.submit([1])
+    made.inbox.clear()  # as if the word had been lost
+    with pytest.raises(RuntimeError, match="nothing to do"):
+        answer.result()
+
+
 def test_too_little_memory_halves_the_batch_once():
     runner = FakeRunner(most_slices=2)
     answers = engine(runner).generate([[1], [2], [3], [4]], Sampling(max_new_tokens=2))
