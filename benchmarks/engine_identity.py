@@ -51,40 +51,37 @@ def equal_tokens(ours: list[int], theirs: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
 
 
-def claims_of(model: Model, prompts: list[list[int]], what: str) -> list[Claim]:
+def claim_of(model: Model, prompts: list[list[int]], what: str) -> Claim:
     wanted = [
         transformers_generate(model, ids_tensor([prompt]), max_new_tokens=NEW_TOKENS)[0].tolist()
         for prompt in progress(prompts, len(prompts), f"references, {what}")
     ]
-    found = []
+    counted = {}
     for form in ("float32", "float16"):
         kernel, engine = engine_of(model, form)
         answers = engine.generate(prompts, Sampling(max_new_tokens=NEW_TOKENS))
-        counts = [equal_tokens(answer.tokens, theirs) for answer, theirs in zip(answers, wanted, strict=True)]
-        whole = sum(count == NEW_TOKENS for count in counts)
-        text = (
-            f"{whole} of {len(prompts)} answers, {sum(counts)} of {NEW_TOKENS * len(prompts)} tokens before the first "
-            f"difference ({kernel})"
-        )
-        must = form == "float32"
-        found.append(
-            Claim(
-                f"the engine's tokens, {form} weights, {what}",
-                "all equal to generate()" if must else "counted",
-                text,
-                whole == len(prompts) if must else True,
-            )
-        )
-    return found
+        equal = [equal_tokens(answer.tokens, theirs) for answer, theirs in zip(answers, wanted, strict=True)]
+        counted[form] = sum(count == NEW_TOKENS for count in equal), sum(equal)
+    texts = [
+        f"{form} weights: {whole} of {len(prompts)} answers, {tokens} of {NEW_TOKENS * len(prompts)} tokens before the "
+        "first difference"
+        for form, (whole, tokens) in counted.items()
+    ]
+    return Claim(
+        f"the engine's tokens, {what} ({kernel})",
+        "with float32 weights all equal to generate()",
+        "; ".join(texts),
+        counted["float32"][0] == len(prompts),
+    )
 
 
 def claims(config: PromptConfig) -> list[Claim]:
     texts = questions()[: 8 if config.quick else None]
     model, tokenizer, _ = load(replace(config, max_new_tokens=NEW_TOKENS, device="cpu", dtype="float32"))
     prompts = [tokenizer.encode(text) for text in texts]
-    found = claims_of(model, prompts, model.name)
+    found = [claim_of(model, prompts, model.name)]
     perturb(model)
-    found += claims_of(model, prompts, f"{model.name} perturbed")
+    found.append(claim_of(model, prompts, f"{model.name} perturbed"))
     model, tokenizer, _ = load(replace(config, model="random:distilgpt2", template="raw", device="cpu"))
     enlarge(model)
-    return [*found, *claims_of(model, [tokenizer.encode(text) for text in texts], "random:distilgpt2 enlarged")]
+    return [*found, claim_of(model, [tokenizer.encode(text) for text in texts], "random:distilgpt2 enlarged")]

@@ -98,7 +98,8 @@ def formats(config: EngineConfig, place: Place) -> tuple[str, torch.dtype]:
     """(how weights are kept, the cache's numbers).
 
     On a CPU: by default, weights rounded to float16 and all arithmetic and the cache in float32. Reading the weights is
-    most of a step, and what the rounding changes is measured (benchmarks/): no token of the embedded model's answers.
+    most of a decode step. Rounding them tips a close choice now and then: benchmarks/engine_identity.py counts how
+    often. dtype float32 rounds nothing.
     """
     if place.device.type != "cpu":
         return place.dtype_name, place.dtype

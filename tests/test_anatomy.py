@@ -20,8 +20,6 @@ def test_flops_are_those_of_the_model_but_for_the_last_layers_unwanted_rows(fami
     shape = shape_of(from_net(model.net).config)
     counted = work(shape, prompt_step(50), 4, 4)
     spared = 49 * sum(counted[name][0] / (50 * (shape.layers - 1) + 1) for name in ("out", "up", "down"))
-    biases = sum(p.numel() for p in model.net.parameters() if p.ndim == 1)
-    assert biases > 0
     assert sum(flops for flops, _ in counted.values()) + spared == model.flops(50, 0)
 
 
