@@ -22,7 +22,8 @@ from typing import Any
 
 from engine import load as engine_load
 from engine.load import EngineConfig
-from experiments.ways import Endpoint, Load, OneByOne, OurEngine, StaticBatches, TransformersContinuous, Way
+from experiments.endpoint import Endpoint
+from experiments.ways import Load, OneByOne, OurEngine, StaticBatches, TransformersContinuous, Way
 from lab import console, records, serving_plots, serving_tables
 from lab.arrivals import KINDS, schedule
 from lab.card import hardware_card

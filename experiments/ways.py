@@ -1,13 +1,11 @@
 """Ways to serve the same requests by the same schedule. Each tells, for every request, when its asker had which token.
 
-All but the endpoints run in this process, on the same threads, one way at a time, and with end tokens ignored, so that
-the work is the same. Moments are seconds from the first due.
+All run in this process, on the same threads, one way at a time, and with end tokens ignored, so that the work is the
+same. (experiments/endpoint.py is the way to a server of another process.) Moments are seconds from the first due.
 """
 
-import json
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -67,15 +65,17 @@ class Moments:
     def trial(self, **more: Any) -> dict[str, Any]:
         count = range(len(self.load.prompts))
         rounded = [[round(moment, 6) for moment in self.token_s[i]] for i in count]
-        return {
+        found = {
             "due_s": [round(due, 6) for due in self.load.dues_s],
             "began_s": [round(self.began_s[i], 6) if i in self.began_s else None for i in count],
             "token_s": rounded,
             "done_s": [moments[-1] for moments in rounded],
-            "new_tokens": sum(len(self.answers[i]) for i in count),
-            "answers": [output_hash(self.answers[i]) for i in count],
             "useful_positions": self.load.useful,
-        } | more
+        }
+        if self.answers:
+            found["new_tokens"] = sum(len(self.answers[i]) for i in count)
+            found["answers"] = [output_hash(self.answers[i]) for i in count]
+        return found | more
 
 
 class Way(Protocol):
@@ -270,49 +270,3 @@ def timeline(answer: Answer, zero: float) -> dict[str, Any]:
         "finished_s": round(line.finished - zero, 6),
         "preemptions": answer.request.preemptions,
     }
-
-
-class Endpoint:
-    """Any running server that speaks OpenAI's completions protocol. It counts its tokens itself, by chunks."""
-
-    def __init__(self, name: str, url: str, decode: Callable[[Sequence[int]], str], model: str | None = None) -> None:
-        self.name, self.url, self.decode = name, url.rstrip("/"), decode
-        self.model = model or self.first_model()
-
-    def first_model(self) -> str:
-        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=10) as reply:
-            return json.load(reply)["data"][0]["id"]
-
-    def run(self, load: Load) -> dict[str, Any]:
-        seen = Moments(load)
-        seen.begin()
-        askers = [threading.Thread(target=self.ask, args=(load, seen, i)) for i in range(len(load.prompts))]
-        for asker in askers:
-            asker.start()
-        for asker in askers:
-            asker.join()
-        if missing := [i for i in range(len(load.prompts)) if i not in seen.answers]:
-            raise RuntimeError(f"{self.name} did not answer {len(missing)} of {len(load.prompts)} requests")
-        return seen.trial(computed_positions=None)
-
-    def ask(self, load: Load, seen: Moments, i: int) -> None:
-        body = {
-            "model": self.model, "prompt": self.decode(load.prompts[i]), "max_tokens": load.new_tokens[i],
-            "temperature": 0, "stream": True, "ignore_eos": True,
-        }  # fmt: skip
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        seen.wait(load.dues_s[i])
-        text = ""
-        with urllib.request.urlopen(request, timeout=600) as reply:
-            for line in reply:
-                data = line.removeprefix(b"data: ").strip()
-                if not line.startswith(b"data: ") or data == b"[DONE]":
-                    continue
-                choices = json.loads(data).get("choices")
-                if choices and choices[0].get("text"):
-                    seen.token_s[i].append(seen.now())
-                    text += choices[0]["text"]
-        if seen.token_s[i]:
-            seen.answers[i] = list(text.encode())

@@ -51,8 +51,10 @@ def tokens_per_s(trial: Trial) -> float:
     return trial["new_tokens"] / makespan_s(trial)
 
 
-def same_answers(record: Record, trials: Sequence[Trial]) -> int:
-    """Requests, over all rounds, whose tokens are those of the first way."""
+def same_answers(record: Record, trials: Sequence[Trial]) -> int | None:
+    """Requests, over all rounds, whose tokens are those of the first way; None where the tokens are not known."""
+    if any(trial["answers"] is None for trial in trials):
+        return None
     wanted = ways(record)[record["ways"][0]][0]["answers"]
     return sum(a == b for trial in trials for a, b in zip(trial["answers"], wanted, strict=True))
 

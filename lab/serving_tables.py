@@ -44,7 +44,7 @@ def ways_table(record: Record) -> str:
                 ms(median(tpots)) if tpots else NONE,
                 *(number(percentile(pooled(trials, e2e_s), p), 2) for p in (50, 95)),
                 number(mean(wasted), 0, 100, " %") if wasted else NONE,
-                f"{equal} of {asked}",
+                NONE if equal is None else f"{equal} of {asked}",
             )
         )
     columns = [("served by", "left"), ("tokens/s", "right"), ("95 % interval", "right"), ("TTFT p50 (s)", "right"),
@@ -133,14 +133,17 @@ def sentences(record: Record) -> list[str]:
             f"({whole.word}); the first token comes {1 / first.ratio:.2f} times sooner on average {bounds(first)} "
             f"({first.word})."
         )
-    different = [
-        f"{name} ({sum(len(t['due_s']) for t in trials) - same_answers(record, trials)} other answers)"
+    others = {
+        name: sum(len(t["due_s"]) for t in trials) - equal
         for name, trials in found.items()
-        if same_answers(record, trials) < sum(len(t["due_s"]) for t in trials)
-    ]
+        if (equal := same_answers(record, trials)) is not None
+    }
+    different = [f"{name} ({count} other answers)" for name, count in others.items() if count]
+    unknown = [name for name in found if name not in others]
     asked = len(record["trials"][0]["due_s"])
     said.append(
-        f"All ways gave the same tokens to all {asked} requests."
+        f"{'All ways' if not unknown else 'All ways whose tokens are known'} gave the same tokens to all {asked} "
+        "requests."
         if not different
         else f"Not all tokens are those of {record['ways'][0]}: {'; '.join(different)}. Weights rounded to float16 "
         "tip a choice between two tokens that are nearly as likely; --dtype float32 does not round."

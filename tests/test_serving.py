@@ -8,7 +8,8 @@ import pytest
 
 from config import UserError
 from experiments import continuous_batching, scheduling
-from experiments.ways import Endpoint, Load, OneByOne, OurEngine, StaticBatches, TransformersContinuous
+from experiments.endpoint import Endpoint
+from experiments.ways import Load, OneByOne, OurEngine, StaticBatches, TransformersContinuous
 from lab import scheduling_tables, serving_plots, serving_tables
 from lab.serving_figures import (
     compared,
@@ -196,9 +197,12 @@ class StandIn(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["model"] == "some-model"
-        chunks = [{"choices": [{"text": f"{asked['prompt']}{i} "}]} for i in range(asked["max_tokens"])]
-        events = [*map(json.dumps, [{"choices": [{"text": ""}]}, *chunks, {"choices": []}]), "[DONE]"]
-        self.reply("".join(f"data: {event}\n\n" for event in events).encode())
+        if asked["prompt"] == "!":
+            return self.reply(b"data: {broken\n\n")
+        chunks = [{"choices": [{"text": f"{asked['prompt']}{i} "}]} for i in range(asked["max_tokens"] - 1)]
+        usage = {"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}}  # the last chunk held two tokens
+        events = [*map(json.dumps, [{"choices": [{"text": ""}]}, *chunks, usage]), "[DONE]"]
+        return self.reply("".join(f"data: {event}\n\n" for event in events).encode())
 
     def reply(self, body: bytes) -> None:
         self.send_response(200)
@@ -210,15 +214,32 @@ class StandIn(BaseHTTPRequestHandler):
         pass
 
 
-def test_an_endpoint_is_timed_by_its_chunks():
+@pytest.fixture
+def other():
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        way = Endpoint("other", f"http://127.0.0.1:{server.server_port}/", lambda ids: "".join(map(chr, ids)))
-        trial = way.run(Load([[97], [98, 99]], [3, 2], [0.0, 0.01]))
-    finally:
-        server.shutdown()
-        server.server_close()
+    yield Endpoint("other", f"http://127.0.0.1:{server.server_port}/", lambda ids: "".join(map(chr, ids)))
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_endpoint_is_timed_by_its_chunks_and_counted_by_its_usage(other):
+    trial = other.run(Load([[97], [98, 99]], [4, 3], [0.0, 0.01]))
     assert [len(tokens) for tokens in trial["token_s"]] == [3, 2]
+    assert trial["new_tokens"] == 7
     assert trial["token_s"][1][0] >= 0.01
     assert waste(trial) is None
+
+
+def test_answers_whose_tokens_are_not_known_are_compared_with_nobodys():
+    record = made_record()
+    record["ways"].append("other")
+    record["trials"] += [made_trial("other", n, 1) | {"answers": None} for n in range(6)]
+    assert same_answers(record, record["trials"][-6:]) is None
+    assert "All ways whose tokens are known gave the same" in " ".join(serving_tables.sentences(record))
+    assert serving_tables.sections(record)
+
+
+def test_an_endpoint_that_breaks_off_is_a_sentence(other):
+    with pytest.raises(UserError, match="other left 1 of 2 requests without an answer"):
+        other.run(Load([[33], [98]], [4, 3], [0.0, 0.0]))
