@@ -113,8 +113,8 @@ def build(
 ) -> tuple[Any, str]:
     """The network, and the name of what computes it."""
     why = "--native off" if config.native == "off" else native_lacks(shape, place, form)
-    if why is None and config.native == "auto" and native.compile_beside():
-        why = "native.c is being compiled: the next start uses it"
+    if why is None and config.native == "auto":
+        why = native.compile_beside()
     if why is None:
         try:
             network = native.NativeTransformer(

@@ -10,9 +10,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
-from contextlib import suppress
 from ctypes import POINTER, Structure, addressof, byref, c_double, c_float, c_int32, c_long, c_void_p
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from config import cache_dir
+from config import ROOT, cache_dir, keep
 from engine.shape import Shape
 from engine.step import Step
 from engine.transformer import Loader, zeros
@@ -88,21 +88,26 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def compile_beside() -> bool:
-    """Start compiling on a thread if that was not done: nobody's first token waits for it. Whether it was started."""
+def compile_beside() -> str | None:
+    """None when it is compiled. Else the reason why it is not there now, and it is being compiled if it can be.
+
+    Nobody's first token waits for the compiler; and it runs in a process of its own, since this one may end first.
+    """
     try:
         path = compiled()
-    except NotAvailable:
-        return False  # library() will say why
+    except NotAvailable as why:
+        return str(why)
     if path.exists():
-        return False
-
-    def quietly() -> None:
-        with suppress(NotAvailable):  # the next start tries again, and says it
-            build(path)
-
-    threading.Thread(target=quietly, name="compile native.c", daemon=True).start()
-    return True
+        return None
+    failure = path.with_suffix(".failed")
+    if failure.exists():
+        return failure.read_text()
+    compiling = subprocess.Popen(
+        [sys.executable, "-m", "engine.native"], cwd=ROOT, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    threading.Thread(target=compiling.wait, daemon=True).start()  # no zombie is left in a long life
+    return "native.c is being compiled: the next start uses it"
 
 
 def compiled() -> Path:
@@ -133,15 +138,13 @@ def build(path: Path) -> None:
         command = [compiler(), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise NotAvailable(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
+            why = f"{command[0]} failed: {done.stderr.strip()[-300:]}"
+            keep(path.with_suffix(".failed"), why)  # compile_beside() does not try again for ever
+            raise NotAvailable(why)
         os.replace(made, path)
 
 
 # ---- the network
-
-
-def address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class NativeTransformer:

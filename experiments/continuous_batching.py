@@ -121,8 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     measure(config, record, ways, loads(config, tokenizer.codec.encode))
     record["ways"] = [name for name in record["ways"] if any(t["way"] == name for t in record["trials"])]
-    if "this engine" not in record["ways"]:
-        raise KeyboardInterrupt  # nothing to compare yet
+    if record["ours"] not in record["ways"]:
+        record["verdicts"] = ["Interrupted before the engine had its turn: there is nothing to compare."]
+        return console.conclude(config, record, page, [])
     record["verdicts"] = serving_tables.sentences(record)
     sections = serving_tables.sections(record)
     if config.figure:

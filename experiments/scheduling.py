@@ -107,8 +107,8 @@ def measure(config: SchedulingConfig, record: dict[str, Any], found: dict[str, t
                 record["trials"].append({"round": number, "way": name} | trial)
     except KeyboardInterrupt:
         record["partial"] = True
-    if not {trial["way"] for trial in record["trials"]} >= set(found):
-        raise KeyboardInterrupt  # not one whole round
+    if not record["trials"]:
+        raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,6 +137,9 @@ def main(argv: list[str] | None = None) -> int:
         "gpu_utilisation": "not sampled",
     }  # fmt: skip
     measure(config, record, found)
+    if not {trial["way"] for trial in record["trials"]} >= set(found):
+        record["verdicts"] = ["Interrupted before every cell had run once: there is nothing to compare."]
+        return console.conclude(config, record, page, [])
     record["verdicts"] = scheduling_tables.sentences(record)
     return console.conclude(config, record, page, scheduling_tables.sections(record))
 

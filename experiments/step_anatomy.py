@@ -118,6 +118,17 @@ def steps(config: AnatomyConfig, loaded: Loaded) -> dict[str, Step]:
     return made
 
 
+def measured(
+    config: AnatomyConfig, network: NativeTransformer, step: Step, sizes: tuple[int, int], probe: ceilings.Probe
+) -> dict[str, Any]:
+    """One step's seconds by phase, its work, and the machine's rates beside it."""
+    rate, _ = ceilings.gemm_rate(torch.device("cpu"), torch.float32)
+    return {
+        "seconds": measure(network, step, config.runs), "work": work(network.shape, step, *sizes),
+        "flops_per_s": rate, "bytes_per_s": probe.bytes_per_s(9),
+    }  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     config = AnatomyConfig.from_cli(__doc__, argv)
     records.check_writable(config, "step_anatomy")
@@ -125,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(config.threads)
     why = engine_load.prepare() if config.native != "off" else "--native off"
     loaded = engine_load.load(config)
-    network = loaded.engine.runner.network
+    network, planned = loaded.engine.runner.network, steps(config, loaded)
     if not isinstance(network, NativeTransformer):
         raise UserError(f"Only the C forward pass tells its phases, and it does not run here ({why}).")
     card = hardware_card(torch.device("cpu"))
@@ -140,15 +151,16 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     record["config"]["max_new_tokens"] = 1
     sizes = (2 if loaded.about["weights"] == "float16" else 4, 2 if loaded.about["cache"] == "float16" else 4)
-    for title, step in steps(config, loaded).items():
-        rate, _ = ceilings.gemm_rate(torch.device("cpu"), torch.float32)
-        found = {
-            "seconds": measure(network, step, config.runs), "work": work(network.shape, step, *sizes),
-            "flops_per_s": rate, "bytes_per_s": probe.bytes_per_s(9),
-        }  # fmt: skip
-        record["steps"][title] = found
+    for title, step in console.progress(planned.items(), len(planned), "steps"):
+        try:
+            record["steps"][title] = found = measured(config, network, step, sizes, probe)
+        except KeyboardInterrupt:
+            record["partial"] = True
+            break
         sections.append(step_table(title, found))
         said.append(sentence(title, found))
+    if not said:
+        raise KeyboardInterrupt
     record["verdicts"] = said
     return console.conclude(config, record, page, sections)
 

@@ -158,6 +158,29 @@ def test_continuous_batching_from_the_command_line(checkpoint_folder, tmp_path, 
     assert len(record["trials"]) == len(record["ways"]) == 5
 
 
+@pytest.mark.parametrize("program", ["continuous_batching", "scheduling"])
+def test_what_was_measured_before_ctrl_c_is_kept(program, checkpoint_folder, tmp_path, monkeypatch, capsys):
+    runs = []
+
+    def interrupted(way, _load):
+        runs.append(way.name)
+        if len(runs) == 8:  # after the warm-up, in the first round
+            raise KeyboardInterrupt
+        return made_trial(way.name, 0, 1)
+
+    for kind in (OneByOne, StaticBatches, TransformersContinuous, OurEngine):
+        monkeypatch.setattr(kind, "run", interrupted)
+    file = tmp_path / "run.jsonl"
+    arguments = ["--model", str(checkpoint_folder), "--kv-memory", "0.01", "--max-tokens", "64", "--json", str(file)]
+    arguments += {"continuous_batching": ["--prompt-tokens", "12", "--max-new-tokens", "4"],
+                  "scheduling": ["--long-prompt", "64", "--budgets", "16,32", "--running", "1,4"]}[program]  # fmt: skip
+    assert {"continuous_batching": continuous_batching, "scheduling": scheduling}[program].main(arguments) == 130
+    record = json.loads(file.read_text())
+    assert record["partial"]
+    assert len(record["trials"]) == 2
+    assert "nothing to compare" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("endpoint", ["http://x", "x=ftp://y", "x=http://127.0.0.1:1"])
 def test_an_endpoint_that_is_none_is_a_sentence(endpoint):
     config = continuous_batching.ContinuousConfig(endpoint=endpoint)
