@@ -6,7 +6,6 @@ every token (past_key_values). decode_step() reads one token and finds the rest 
 """
 
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from metrics import Stats, timed
 from tokenizer import Tokenizer, left_pad, load_tokenizer
 from weights.find import Checkpoint, find
 from weights.load import load_net
-from weights.place import Place, resolve
+from weights.place import Place, resolve, set_threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,14 +326,6 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig, place: Place) -> Mod
         timing_only=checkpoint.timing_only,
         eos_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
     )
-
-
-def set_threads(threads: int) -> None:
-    """Let PyTorch use so many CPU threads; 0 leaves its own choice. UserError beyond the cores there are."""
-    if threads > (os.cpu_count() or threads):
-        raise UserError(f"--threads {threads} on {os.cpu_count()} cores would only make them wait: use fewer.")
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def load_pair(config: ModelConfig, template: str = "auto") -> tuple[Model, Tokenizer]:

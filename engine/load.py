@@ -17,11 +17,13 @@ from engine.runner import TorchRunner, TransformersRunner
 from engine.scheduler import Scheduler
 from engine.shape import Shape, Unsupported, shape_of
 from engine.transformer import Transformer
+from weights import random_init
 from weights.find import Checkpoint, content_hash, find
-from weights.place import Place, free_memory, resolve
+from weights.place import Place, free_memory, resolve, set_threads
 from weights.tensors import Tensors, read
 
 SHARE_OF_FREE = 0.25
+UNLIMITED = 1 << 20  # the context to reckon with where an architecture names none: memory sets the limit
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class Loaded:
 
 def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = None) -> Loaded:
     """Find, read and place the model. UserError: it cannot be had, or does not fit."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     if config.max_tokens < config.max_running:
         raise UserError(
             f"--max-tokens {config.max_tokens} is less than --max-running {config.max_running}: each running request "
@@ -72,14 +73,15 @@ def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = N
     except Unsupported as why:
         return through_transformers(config, checkpoint, place, str(why), decode)
     form, cache_dtype = formats(config, place)
-    blocks = block_count(config, shape, cache_dtype, place.device)
+    per_token = shape.kv_numbers_per_token() * cache_dtype.itemsize
+    blocks = block_count(config, per_token, shape.context, place.device)
     network, kernel = build(config, shape, tensors, place, form, cache_dtype, blocks)
-    about = describe(checkpoint, place, shape) | {
+    about = describe(checkpoint, place, shape, config.seed) | {
         "kernel": kernel,
         "weights": form,
         "weight_bytes": network.weight_bytes,
         "cache": str(cache_dtype).removeprefix("torch."),
-        "kv_bytes_per_token": shape.kv_numbers_per_token() * cache_dtype.itemsize,
+        "kv_bytes_per_token": per_token,
         "kv_blocks": blocks,
         "context": shape.context,
     }
@@ -140,15 +142,14 @@ def native_lacks(shape: Shape, place: Place, form: str) -> str | None:
     return None
 
 
-def block_count(config: EngineConfig, shape: Shape, cache: torch.dtype, device: torch.device) -> int:
+def block_count(config: EngineConfig, per_token: int, context: int, device: torch.device) -> int:
     """KV blocks that the budget buys. UserError when it is not enough for one sequence of any use."""
-    bytes_each = BLOCK * shape.kv_numbers_per_token() * cache.itemsize
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_memory()
     budget = config.kv_memory * 1e9 or SHARE_OF_FREE * free
     if config.kv_memory and budget > free:
         raise UserError(f"--kv-memory {config.kv_memory:g} GB is more than the {free / 1e9:.1f} GB that are free.")
-    useful = config.max_running * -(-shape.context // BLOCK)
-    blocks = min(int(budget // bytes_each), useful)
+    useful = config.max_running * -(-context // BLOCK)
+    blocks = min(int(budget // (BLOCK * per_token)), useful)
     if blocks < 1:
         raise UserError(f"{budget / 1e9:.3f} GB do not hold {BLOCK} tokens of keys and values: raise --kv-memory.")
     return blocks
@@ -160,12 +161,15 @@ def scheduler_for(config: EngineConfig, blocks: int, reuse: bool = True) -> Sche
     return Scheduler(empty, max_running=config.max_running, max_tokens=config.max_tokens, chunked=chunked)
 
 
-def describe(checkpoint: Checkpoint, place: Place, shape: Shape) -> dict[str, Any]:
-    folder = None if checkpoint.timing_only else checkpoint.folder
+def describe(checkpoint: Checkpoint, place: Place, shape: Shape, seed: int) -> dict[str, Any]:
+    if checkpoint.timing_only:
+        identity = random_init.identity(random_init.shape_of(checkpoint.random_shape), seed)
+    else:
+        identity = content_hash(checkpoint.folder)
     return {
         "name": checkpoint.name,
         "origin": checkpoint.origin,
-        "hash": content_hash(folder) if folder else "random",
+        "hash": identity,
         "timing_only": checkpoint.timing_only,
         "device": place.device.type,
         "family": shape.family,
@@ -189,10 +193,8 @@ def through_transformers(
     import model  # here: it loads transformers, which takes seconds
 
     loaded = model.load_model(checkpoint, config, place)
-    context = loaded.context or 2048
-    useful = config.max_running * -(-context // BLOCK)
     per_token = loaded.kv_bytes_per_token()
-    blocks = min(int((config.kv_memory * 1e9 or SHARE_OF_FREE * free_memory()) // (BLOCK * per_token)), useful)
+    blocks = block_count(config, per_token, loaded.context or UNLIMITED, place.device)
     about = loaded.description() | {
         "kernel": f"transformers, one request at a time ({why})", "weights": place.dtype_name,
         "weight_bytes": loaded.weight_bytes(), "cache": place.dtype_name, "kv_bytes_per_token": per_token,

@@ -17,12 +17,13 @@ def token_bytes(layers: int, kv_heads: int, head_dim: int, itemsize: int) -> int
 def needed_bytes(model: Any, cell: Cell, tokens: int) -> int:
     """A generous estimate of what a run of this cell takes beyond the weights.
 
-    The cache (twice while it is copied), the wide activations of a pass over the whole prompt, and with plain matrix
-    products the score of every pair of tokens, before and after the softmax.
+    The cache (twice while it is copied), the wide activations of a pass over the whole prompt (twice what is in use at
+    once: an allocator holds more than is asked of it, by chance up to so much), and with plain matrix products the
+    score of every pair of tokens, before and after the softmax.
     """
     _, heads, _, head_dim = model.heads
     size = model.place.dtype.itemsize
-    activations = tokens * heads * head_dim * 24 * size
+    activations = tokens * heads * head_dim * 48 * size
     scores = 2 * heads * tokens * tokens * 4 if cell.attention == "eager" else 0
     return 2 * tokens * model.kv_bytes_per_token() + activations + scores
 

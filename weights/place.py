@@ -1,5 +1,6 @@
 """Where a model is put: the device and the number format, why these, and the memory there is."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,3 +55,11 @@ def free_memory() -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def set_threads(threads: int) -> None:
+    """Let PyTorch use so many CPU threads; 0 leaves its own choice. UserError beyond the cores there are."""
+    if threads > (os.cpu_count() or threads):
+        raise UserError(f"--threads {threads} on {os.cpu_count()} cores would only make them wait: use fewer.")
+    if threads:
+        torch.set_num_threads(threads)
