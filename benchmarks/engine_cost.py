@@ -21,7 +21,7 @@ import json, sys, time
 from engine.load import EngineConfig, load
 from engine.request import Sampling
 from lab.kv_probes import status_bytes
-engine = load(EngineConfig(model=sys.argv[1], dtype="float16")).engine
+engine = load(EngineConfig(model=sys.argv[1])).engine
 answer = engine.submit(list(range(10, 138)), Sampling(max_new_tokens=64, ignore_eos=True))
 next(iter(answer))
 first = time.time() - float(sys.argv[2])
@@ -110,7 +110,7 @@ def start_claims(config: PromptConfig) -> list[Claim]:
     first, peak = median(run[0] for run in ours), max(run[1] for run in ours)
     return [
         Claim(
-            "process start to first token, half precision, prompt of 128",
+            "process start to first token, prompt of 128",
             "≤ 0.78 × transformers (2.5 s of 3.2 s)",
             f"{first:.2f} s ({min(r[0] for r in ours):.2f} to {max(r[0] for r in ours):.2f}); transformers "
             f"{median(run[0] for run in theirs):.2f} s: {said}",

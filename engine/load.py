@@ -75,10 +75,11 @@ def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = N
     form, cache_dtype = formats(config, place)
     per_token = shape.kv_numbers_per_token() * cache_dtype.itemsize
     blocks = block_count(config, per_token, shape.context, place.device)
-    network, kernel = build(config, shape, tensors, place, form, cache_dtype, blocks)
+    network, kernel, kept = build(config, shape, tensors, place, form, cache_dtype, blocks)
     about = describe(checkpoint, place, shape, config.seed) | {
         "kernel": kernel,
         "weights": form,
+        "kept": kept,
         "weight_bytes": network.weight_bytes,
         "cache": str(cache_dtype).removeprefix("torch."),
         "kv_bytes_per_token": per_token,
@@ -99,21 +100,21 @@ def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = N
 def formats(config: EngineConfig, place: Place) -> tuple[str, torch.dtype]:
     """(how weights are kept, the cache's numbers).
 
-    On a CPU: by default, weights rounded to float16 and all arithmetic and the cache in float32. Reading the weights is
-    most of a decode step. Rounding them tips a close choice now and then: benchmarks/engine_identity.py counts how
-    often. dtype float32 rounds nothing.
+    On a CPU, by default nothing is rounded: weights in the smallest form that holds the checkpoint's own numbers, all
+    arithmetic and the cache in float32. dtype float16 rounds both, which tips a close choice now and then:
+    benchmarks/engine_identity.py counts how often.
     """
     if place.device.type != "cpu":
         return place.dtype_name, place.dtype
     if config.dtype == "auto":
-        return "float16", torch.float32
+        return native.EXACT, torch.float32
     return config.dtype, place.dtype
 
 
 def build(
     config: EngineConfig, shape: Shape, tensors: Tensors, place: Place, form: str, cache: torch.dtype, blocks: int
-) -> tuple[Any, str]:
-    """The network, and the name of what computes it."""
+) -> tuple[Any, str, dict[str, int]]:
+    """The network, the name of what computes it, and its weights' bytes by the form they are kept in."""
     why = "--native off" if config.native == "off" else native_lacks(shape, place, form)
     if why is None and config.native == "auto":
         why = native.compile_beside()
@@ -122,20 +123,22 @@ def build(
             network = native.NativeTransformer(
                 shape, tensors, form, cache, blocks=blocks, threads=torch.get_num_threads()
             )
-            return network, "native.c"
+            return network, "native.c", network.bytes_by_form
         except native.NotAvailable as error:
             why = str(error)
+    form = "float32" if form == native.EXACT else form
     dtype = torch.float32 if form == "float16" and place.device.type == "cpu" else cache
     kernel, make = fastest(form, place.device, torch.randn(shape.inner, shape.hidden, device=place.device))
     network = Transformer(shape, tensors, make, device=place.device, dtype=dtype, blocks=blocks, size=BLOCK)
-    return network, f"{kernel} ({why})" if place.device.type == "cpu" else kernel
+    name = f"{kernel} ({why})" if place.device.type == "cpu" else kernel
+    return network, name, {form: network.weight_bytes}
 
 
 def native_lacks(shape: Shape, place: Place, form: str) -> str | None:
     """Why native.c cannot compute this, or None."""
     if place.device.type != "cpu":
         return f"native.c is for CPUs, this is {place.device.type}"
-    if form not in ("float32", "float16"):
+    if form not in (native.EXACT, "float32", "float16"):
         return f"native.c has no {form} weights"
     if shape.head_dim % native.PANEL:
         return f"native.c wants heads of a multiple of {native.PANEL} numbers, these have {shape.head_dim}"
@@ -197,8 +200,8 @@ def through_transformers(
     blocks = block_count(config, per_token, loaded.context or UNLIMITED, place.device)
     about = loaded.description() | {
         "kernel": f"transformers, one request at a time ({why})", "weights": place.dtype_name,
-        "weight_bytes": loaded.weight_bytes(), "cache": place.dtype_name, "kv_bytes_per_token": per_token,
-        "kv_blocks": blocks,
+        "weight_bytes": loaded.weight_bytes(), "kept": {place.dtype_name: loaded.weight_bytes()},
+        "cache": place.dtype_name, "kv_bytes_per_token": per_token, "kv_blocks": blocks,
     }  # fmt: skip
 
     def new_engine(**changes: Any) -> Engine:

@@ -2,7 +2,8 @@
 
    PyTorch's kernels each start and stop all threads, for a few microseconds of work where a single token is computed,
    and its fast matrix products want formats that not every processor has. Here one team of threads walks through all
-   layers, weights are read in the order in which they lie, as float16 or float32, and all arithmetic is float32.
+   layers, weights are read in the order in which they lie, from as few bytes as hold them (forms.h), and all arithmetic
+   is float32.
 
    One idea carries it: a PANEL of 16 numbers that lie side by side, times a scalar, added to 16 sums. A weight matrix
    is cut into panels of 16 outputs; a block of the cache holds the keys of 16 tokens turned so that they lie side by
@@ -12,43 +13,26 @@
 
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <string.h>
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
-#define PANEL 16
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
-#define PARTS (PANEL / LANES)
-#define AHEAD 512         /* bytes that are asked for before they are needed: no processor looks past a page by itself */
-#define ROWS 6         /* rows of one tile: with AVX2, 6 * 2 sums, 2 weights and 1 scalar fill the 16 registers */
+#include "forms.h"
+
+#define ROWS 6            /* rows of one tile: with AVX2, 6 * 2 sums, 2 weights and 1 scalar fill the 16 registers */
 #define GROUP 24          /* rows of attention that read a block of the cache together */
-#define ROW_BLOCK 60   /* rows computed before the next ones: their inputs stay in the second-level cache */
-#define INLINE static inline __attribute__((always_inline))
+#define NEAR 4            /* blocks of values that stay in the first-level cache */
+#define ROW_BLOCK 60      /* rows computed before the next ones: their inputs stay in the second-level cache */
+#define CHUNK 128         /* inputs for which a panel's weights, as float32, stay in the first-level cache */
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef _Float16 half;
-
-typedef struct { const void *weights; const float *bias; long outputs, inputs; } Matrix;     /* NULL: there is none */
+typedef struct { const void *weights; const float *bias; long outputs, inputs, form; } Matrix; /* NULL: there is none */
 typedef struct { const float *weight, *bias; } Norm;                     /* bias: LayerNorm; without one, RMSNorm */
 typedef struct { Norm norm1, norm2, q_norm, k_norm; Matrix qkv, out, gate, up, down; } Layer;
 typedef struct {
     long layers, hidden, heads, kv_heads, dim, inner, window;
-    long wide, cache_wide;                               /* whether weights, keys and values are float32, not float16 */
+    long cache_form;                                            /* of keys and values: FLOAT32 or FLOAT16 */
     float eps;
     const Layer *layer;
     Norm norm;
-    Matrix head;
-    const void *embedding;                                      /* (vocabulary, hidden); NULL: it is the head, tied */
+    Matrix head, embedding;                                     /* both (vocabulary, hidden); tied: the same weights */
     const float *positions;                                     /* (context, hidden); NULL: rotary positions */
     const float *angles;                                        /* (dim / 2) */
     void *keys, *values;           /* (blocks, layers, KV heads, dim, 16) and (blocks, layers, KV heads, 16, dim) */
@@ -63,39 +47,28 @@ typedef struct {
 
 /* ---- sixteen at a time */
 
-INLINE vec splat(float x) { return x - (vec){}; }
-
 INLINE vec choose(ivec which, vec yes, vec no) { return (vec)((which & (ivec)yes) | (~which & (ivec)no)); }
 
-INLINE const char *number(const void *numbers, long i, long wide) { return (const char *)numbers + i * (wide ? 4 : 2); }
-
-INLINE vec load(const void *weights, long i, long wide) {
-    if (wide) return *(const vec_unaligned *)((const float *)weights + i);
-#if defined(__AVX512F__)
-    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const half *)weights + i)));
-#elif defined(__F16C__)
-    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const half *)weights + i)));
-#else
-    typedef half hvec __attribute__((vector_size(2 * LANES), aligned(2)));
-    return __builtin_convertvector(*(const hvec *)((const half *)weights + i), vec);
-#endif
-}
-
-/* sums[r] += x[r][k] * panel[k], for all k. x: rows `stride` apart. panel: 16 numbers every `step`.
+/* sums[r] += x[r][k] * panel[k], for all k. x: rows `stride` apart. panel: 16 numbers every `step`, in a float form.
    soon, later: memory as large as the panel that will be read next; NULL for none. */
-INLINE void tile(int rows, vec sums[][PARTS], const float *x, long stride, const void *panel, long step, long inputs,
-                 long wide, const void *soon, const void *later) {
-    const long bytes = PANEL * (wide ? 4 : 2);
+INLINE void tile(int rows, vec total[][PARTS], const float *x, long stride, const void *panel, long step, long inputs,
+                 enum Form form, const void *soon, const void *later) {
+    const long bytes = PANEL * (form == FLOAT32 ? 4 : 2);
+    vec sums[ROWS][PARTS];                                      /* in registers: total is memory */
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PARTS; p++) sums[r][p] = total[r][p];
 #pragma GCC unroll 4
     for (long k = 0; k < inputs; k++) {
         vec w[PARTS];
         if (soon) __builtin_prefetch((const char *)soon + k * bytes);
         if (later) __builtin_prefetch((const char *)later + k * bytes);
-        for (int p = 0; p < PARTS; p++) w[p] = load(panel, k * step + p * LANES, wide);
+        for (int p = 0; p < PARTS; p++) w[p] = load(panel, k * step + p * LANES, form);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
             for (int p = 0; p < PARTS; p++) sums[r][p] += splat(x[r * stride + k]) * w[p];
     }
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PARTS; p++) total[r][p] = sums[r][p];
 }
 
 /* e^x to about 1e-7: 2^n by shifting n into the exponent, the rest of x by a polynomial. */
@@ -146,59 +119,133 @@ INLINE void store(const Matrix *m, vec sums[PARTS], long first, enum After after
     memcpy(y + first, out, count * sizeof(float));
 }
 
-INLINE const char *panel_of(const Matrix *m, long i, long wide) {
-    return number(m->weights, i * PANEL * m->inputs, wide);
+INLINE const char *panel_of(const Matrix *m, long i) {
+    return (const char *)m->weights + i * bytes_of(m->form, m->inputs);
 }
 
-/* The sums of the i-th panel before anything is added: its biases, or zero. */
-INLINE void begin(int rows, vec sums[][PARTS], const Matrix *m, long i) {
-    for (int r = 0; r < rows; r++)
+/* What the sums begin with: the outputs' biases, or zero. */
+INLINE void begin(const Matrix *m, long i, long rows, vec sums[][PARTS]) {
+    for (long r = 0; r < rows; r++)
         for (int p = 0; p < PARTS; p++)
             sums[r][p] = m->bias ? *(const vec_unaligned *)(m->bias + i * PANEL + p * LANES) : splat(0);
 }
 
-INLINE void panel_rows(int rows, const Matrix *m, const Matrix *gate, long i, const float *x, enum After after, float *y,
-                       long wide) {
-    vec sums[ROWS][PARTS], gates[ROWS][PARTS];
-    begin(rows, sums, m, i);
-    const char *panel = panel_of(m, i, wide);
-    tile(rows, sums, x, m->inputs, panel, PANEL, m->inputs, wide, panel + AHEAD, 0);
-    if (gate) {
-        const char *other = panel_of(gate, i, wide);
-        begin(rows, gates, gate, i);
-        tile(rows, gates, x, m->inputs, other, PANEL, m->inputs, wide, other + AHEAD, 0);
-        for (int r = 0; r < rows; r++)
-            for (int p = 0; p < PARTS; p++) sums[r][p] *= silu(gates[r][p]);
-    }
-    for (int r = 0; r < rows; r++) store(m, sums[r], i * PANEL, after, y + r * m->outputs);
-}
-
-/* y (rows, outputs) = x (rows, inputs) * weights^T, times SiLU of the gate's where there is one. */
-INLINE void product(const Matrix *m, const Matrix *gate, const float *x, long rows, enum After after, float *y, long wide) {
-    long panels = (m->outputs + PANEL - 1) / PANEL;
-    for (long block = 0; block < rows; block += ROW_BLOCK) {
-        long end = block + ROW_BLOCK < rows ? block + ROW_BLOCK : rows;
-#pragma omp for schedule(static) nowait
-        for (long i = 0; i < panels; i++) {
-            long count, tiles = (end - block + ROWS - 1) / ROWS;
-            for (long r = block; r < end; r += count) {
-                const float *in = x + r * m->inputs;
-                float *out = y + r * m->outputs;
-                count = (end - r + tiles - 1) / tiles;          /* eight rows as four and four, not six and two */
-                tiles--;
-                BY_ROWS(count, panel_rows, m, gate, i, in, after, out, wide);
-            }
+/* The i-th panel's outputs of the rows, before they are stored: (rows, 16). */
+INLINE void sums_of(const Matrix *m, long i, const float *x, long rows, vec sums[][PARTS], enum Form form) {
+    float room[CHUNK * PANEL] __attribute__((aligned(64)));
+    const int packed = form == INT8 || form == INT4;
+    const char *panel = panel_of(m, i);
+    begin(m, i, rows, sums);
+    for (long k = 0; k < m->inputs; k += CHUNK) {
+        const long inputs = m->inputs - k < CHUNK ? m->inputs - k : CHUNK;
+        const char *from = panel + bytes_of(form, k), *weights = packed ? (char *)room : from;
+        if (packed) unpack(from, inputs, form, room);
+        long count, tiles = (rows + ROWS - 1) / ROWS;
+        for (long r = 0; r < rows; r += count) {
+            count = (rows - r + tiles - 1) / tiles;             /* eight rows as four and four, not six and two */
+            tiles--;
+            BY_ROWS(count, tile, sums + r, x + r * m->inputs + k, m->inputs, weights, PANEL, inputs,
+                    packed ? FLOAT32 : form, packed ? 0 : from + AHEAD, 0);
         }
     }
-#pragma omp barrier
 }
 
 static __attribute__((noinline, noclone)) void
-multiply(const Model *model, const Matrix *m, const Matrix *gate, const float *x, long rows, enum After after,
-                     float *y) {
+panel_sums(const Matrix *m, long i, const float *x, long rows, vec sums[][PARTS]) {
+    switch (m->form) {
+    case FLOAT32: sums_of(m, i, x, rows, sums, FLOAT32); break;
+    case FLOAT16: sums_of(m, i, x, rows, sums, FLOAT16); break;
+    case BFLOAT16: sums_of(m, i, x, rows, sums, BFLOAT16); break;
+    case INT8: sums_of(m, i, x, rows, sums, INT8); break;
+    case INT4: sums_of(m, i, x, rows, sums, INT4); break;
+    }
+}
+
+/* One row's sums of two panels at once: each sum waits some cycles for the one before it, but not for the other's. */
+INLINE void pair_of(const char *const panel[2], const float *x, long inputs, vec sums[2][PARTS], enum Form form) {
+    vec total[2][PARTS], scale[2][PARTS], least[2][PARTS];
+    memcpy(total, sums, sizeof total);
+    for (long k = 0; k < inputs; k += SET) {
+        const char *set[2] = {panel[0] + bytes_of(form, k), panel[1] + bytes_of(form, k)};
+        for (int h = 0; h < 2; h++)
+            for (int p = 0; p < PARTS; p++) {
+                scale[h][p] = load(set[h], p * LANES, FLOAT16);
+                least[h][p] = load(set[h], PANEL + p * LANES, FLOAT16);
+            }
+        const long count = inputs - k < SET ? inputs - k : SET;
+#pragma GCC unroll 4
+        for (long j = 0; j < count; j += form == INT4 ? 2 : 1)
+            for (int h = 0; h < 2; h++)
+                for (int p = 0; p < PARTS; p++) {
+                    vec w, next = {};
+                    if (form == INT4) {
+                        const ivec two = bytes(set[h] + PANEL * 4 + j / 2 * PANEL + p * LANES, 0);
+                        w = least[h][p] + scale[h][p] * __builtin_convertvector(two & 15, vec);
+                        next = least[h][p] + scale[h][p] * __builtin_convertvector(two >> 4, vec);
+                    } else if (form == INT8) {
+                        const ivec one = bytes(set[h] + PANEL * 2 + j * PANEL + p * LANES, 1);
+                        w = scale[h][p] * __builtin_convertvector(one, vec);
+                    } else w = load(set[h], j * PANEL + p * LANES, form);
+                    if (p == 0) __builtin_prefetch(set[h] + bytes_of(form, j) + AHEAD);
+                    total[h][p] += splat(x[k + j]) * w;
+                    if (form == INT4) total[h][p] += splat(x[k + j + 1]) * next;
+                }
+    }
+    memcpy(sums, total, sizeof total);
+}
+
+static __attribute__((noinline, noclone)) void
+pair_sums(const Matrix *m, const Matrix *other, long i, long j, const float *x, vec sums[2][PARTS]) {
+    const char *const panel[2] = {panel_of(m, i), panel_of(other, j)};
+    begin(m, i, 1, sums);
+    begin(other, j, 1, sums + 1);
+    switch (m->form) {
+    case FLOAT32: pair_of(panel, x, m->inputs, sums, FLOAT32); break;
+    case FLOAT16: pair_of(panel, x, m->inputs, sums, FLOAT16); break;
+    case BFLOAT16: pair_of(panel, x, m->inputs, sums, BFLOAT16); break;
+    case INT8: pair_of(panel, x, m->inputs, sums, INT8); break;
+    case INT4: pair_of(panel, x, m->inputs, sums, INT4); break;
+    }
+}
+
+/* y (outputs) = x (inputs) * weights^T: multiply() for a single row. */
+static void multiply_one(const Matrix *m, const Matrix *gate, const float *x, enum After after, float *y) {
+    const long panels = (m->outputs + PANEL - 1) / PANEL, each = gate ? 1 : 2;
+#pragma omp for schedule(static)
+    for (long i = 0; i < panels; i += each) {
+        vec sums[2][PARTS];
+        const long other = i + 1 < panels ? i + 1 : i;
+        pair_sums(m, gate ? gate : m, i, gate ? i : other, x, sums);
+        if (gate) for (int p = 0; p < PARTS; p++) sums[0][p] *= silu(sums[1][p]);
+        store(m, sums[0], i * PANEL, after, y);
+        if (!gate && other > i) store(m, sums[1], other * PANEL, after, y);
+    }
+}
+
+/* y (rows, outputs) = x (rows, inputs) * weights^T, times SiLU of the gate's where there is one. */
+static void multiply(const Matrix *m, const Matrix *gate, const float *x, long rows, enum After after, float *y) {
+    vec sums[ROW_BLOCK][PARTS], gates[ROW_BLOCK][PARTS];
+    const long panels = (m->outputs + PANEL - 1) / PANEL;
     if (gate && !gate->weights) gate = 0;
-    if (model->wide) product(m, gate, x, rows, after, y, 1);
-    else product(m, gate, x, rows, after, y, 0);
+    if (rows == 1 && (!gate || gate->form == m->form)) {
+        multiply_one(m, gate, x, after, y);
+        return;
+    }
+    for (long block = 0; block < rows; block += ROW_BLOCK) {
+        const long count = block + ROW_BLOCK < rows ? ROW_BLOCK : rows - block;
+        const float *in = x + block * m->inputs;
+#pragma omp for schedule(static) nowait
+        for (long i = 0; i < panels; i++) {
+            panel_sums(m, i, in, count, sums);
+            if (gate) {
+                panel_sums(gate, i, in, count, gates);
+                for (long r = 0; r < count; r++)
+                    for (int p = 0; p < PARTS; p++) sums[r][p] *= silu(gates[r][p]);
+            }
+            for (long r = 0; r < count; r++) store(m, sums[r], i * PANEL, after, y + (block + r) * m->outputs);
+        }
+    }
+#pragma omp barrier
 }
 
 /* ---- the small parts */
@@ -221,18 +268,29 @@ static void normalise_rows(const Model *m, const Norm *norm, const float *x, lon
     for (long r = 0; r < rows; r++) normalise(norm, x + r * m->hidden, m->hidden, m->eps, y + r * m->hidden);
 }
 
+/* An output's weights as float32: for the embedding, a token's row. */
+static void row_of(const Matrix *m, long output, float *to) {
+    float room[SET * PANEL] __attribute__((aligned(64)));
+    const char *panel = panel_of(m, output / PANEL);
+    for (long k = 0; k < m->inputs; k++) {
+        long at = k * PANEL + output % PANEL;
+        if (m->form == FLOAT32) to[k] = ((const float *)panel)[at];
+        else if (m->form == FLOAT16) to[k] = (float)((const half *)panel)[at];
+        else if (m->form == BFLOAT16) to[k] = from_bfloat16(((const uint16_t *)panel)[at]);
+        else {
+            if (k % SET == 0 && m->form == INT8) unpack(panel + bytes_of(INT8, k), SET, INT8, room);
+            if (k % SET == 0 && m->form == INT4) unpack(panel + bytes_of(INT4, k), SET, INT4, room);
+            to[k] = room[at % (SET * PANEL)];
+        }
+    }
+}
+
 static void embed(const Model *m, const Step *step, float *x, float *turns) {
 #pragma omp for schedule(static)
     for (long r = 0; r < step->rows; r++) {
-        long token = step->token[r], position = step->position[r];
-        const void *table = m->embedding ? m->embedding : m->head.weights;
-        long start = m->embedding ? token * m->hidden : token / PANEL * PANEL * m->hidden + token % PANEL;
-        long next = m->embedding ? 1 : PANEL;                   /* a token's row is a column of the head's panel */
-        for (long i = 0; i < m->hidden; i++) {
-            long at = start + i * next;
-            float value = m->wide ? ((const float *)table)[at] : (float)((const half *)table)[at];
-            x[r * m->hidden + i] = value + (m->positions ? m->positions[position * m->hidden + i] : 0);
-        }
+        long position = step->position[r];
+        row_of(&m->embedding, step->token[r], x + r * m->hidden);
+        for (long i = 0; m->positions && i < m->hidden; i++) x[r * m->hidden + i] += m->positions[position * m->hidden + i];
         for (long i = 0; m->angles && i < m->dim / 2; i++) {
             turns[r * m->dim + i] = cosf(m->angles[i] * position);
             turns[r * m->dim + m->dim / 2 + i] = sinf(m->angles[i] * position);
@@ -253,8 +311,8 @@ INLINE long cached(const Model *m, long layer, long block, long head) {
     return ((block * m->layers + layer) * m->kv_heads + head) * m->dim * PANEL;
 }
 
-INLINE void keep(void *to, long at, float value, long wide) {
-    if (wide) ((float *)to)[at] = value;
+INLINE void keep(void *to, long at, float value, enum Form form) {
+    if (form == FLOAT32) ((float *)to)[at] = value;
     else ((half *)to)[at] = (half)value;
 }
 
@@ -275,8 +333,8 @@ static void place(const Model *m, const Layer *layer, const Step *step, const fl
             const float *k = row + (m->heads + h) * dim, *v = k + m->kv_heads * dim;
             long at = cached(m, l, block, h);
             for (long i = 0; i < dim; i++) {
-                keep(m->keys, at + i * PANEL + in_block, k[i], m->cache_wide);
-                keep(m->values, at + in_block * dim + i, v[i], m->cache_wide);
+                keep(m->keys, at + i * PANEL + in_block, k[i], m->cache_form);
+                keep(m->values, at + in_block * dim + i, v[i], m->cache_form);
             }
         }
     }
@@ -288,9 +346,9 @@ typedef struct { const float *q[GROUP]; float *out[GROUP]; long position[GROUP];
 
 /* Row r: its products with every cached key, from the block of the first token that any row sees. */
 INLINE void score(int rows, const float *q, long dim, const void *keys, const void *soon, const void *later,
-                  float *scores, long stride, long wide) {
+                  float *scores, long stride, enum Form form) {
     vec sums[ROWS][PARTS] = {};
-    tile(rows, sums, q, dim, keys, PANEL, dim, wide, soon, later);
+    tile(rows, sums, q, dim, keys, PANEL, dim, form, soon, later);
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < PARTS; p++) *(vec_unaligned *)(scores + r * stride + p * LANES) = sums[r][p];
 }
@@ -313,19 +371,21 @@ INLINE float softmax(float *s, long begin, long low, long high, long end) {
     return total;
 }
 
-/* Columns c to c + 16 of the rows' outputs: the weighted sum of all values. */
+/* Add to columns c to c + 16 of the rows' outputs: the weighted sum of the values of some blocks. */
 INLINE void mix(int rows, const Model *m, long layer, const int32_t *blocks, long head, long block0, long block1, long c,
-                const float *scores, long stride, const float *total, float *const *out, long wide) {
-    vec sums[ROWS][PARTS] = {};
-    for (long b = block0; b < block1; b++)
-        tile(rows, sums, scores + b * PANEL, stride, number(m->values, cached(m, layer, blocks[b], head) + c, wide), m->dim,
-             PANEL, wide, 0, 0);
+                const float *scores, long stride, float *const *out, enum Form form) {
+    vec sums[ROWS][PARTS];
     for (int r = 0; r < rows; r++)
-        for (int p = 0; p < PARTS; p++) *(vec_unaligned *)(out[r] + c + p * LANES) = sums[r][p] / total[r];
+        for (int p = 0; p < PARTS; p++) sums[r][p] = *(vec_unaligned *)(out[r] + c + p * LANES);
+    for (long b = block0; b < block1; b++)
+        tile(rows, sums, scores + b * PANEL, stride, number(m->values, cached(m, layer, blocks[b], head) + c, form), m->dim,
+             PANEL, form, 0, 0);
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PARTS; p++) *(vec_unaligned *)(out[r] + c + p * LANES) = sums[r][p];
 }
 
 INLINE void look(const Model *m, const Group *g, long layer, const int32_t *blocks, long head, float *scores, long stride,
-                 long wide) {
+                 enum Form form) {
     long dim = m->dim, last = g->position[g->count - 1], first = m->window ? g->position[0] - m->window + 1 : 0;
     long block0 = first > 0 ? first / PANEL : 0, block1 = last / PANEL + 1;
     float q[GROUP * dim], scale = 1 / sqrtf(dim), total[GROUP];
@@ -333,24 +393,28 @@ INLINE void look(const Model *m, const Group *g, long layer, const int32_t *bloc
         for (long i = 0; i < dim; i++) q[r * dim + i] = g->q[r][i] * scale;
     for (long b = block0; b < block1; b++) {
         long at = cached(m, layer, blocks[b], head), next = cached(m, layer, blocks[b + 1 < block1 ? b + 1 : b], head);
-        const void *keys = number(m->keys, at, wide), *soon = number(m->keys, next, wide);
-        const void *later = number(m->values, at, wide);
+        const void *keys = number(m->keys, at, form), *soon = number(m->keys, next, form);
+        const void *later = number(m->values, at, form);
         for (int r = 0; r < g->count; r += ROWS, soon = later = 0)
-            BY_ROWS(g->count - r, score, q + r * dim, dim, keys, soon, later, scores + r * stride + b * PANEL, stride, wide);
+            BY_ROWS(g->count - r, score, q + r * dim, dim, keys, soon, later, scores + r * stride + b * PANEL, stride, form);
     }
     for (int r = 0; r < g->count; r++) {
         long low = m->window && g->position[r] >= m->window ? g->position[r] - m->window + 1 : 0;
         total[r] = softmax(scores + r * stride, block0 * PANEL, low, g->position[r], block1 * PANEL);
     }
-    for (long c = 0; c < dim; c += PANEL)
-        for (int r = 0; r < g->count; r += ROWS)
-            BY_ROWS(g->count - r, mix, m, layer, blocks, head, block0, block1, c, scores + r * stride, stride, total + r,
-                    g->out + r, wide);
+    for (int r = 0; r < g->count; r++) memset(g->out[r], 0, dim * sizeof(float));
+    for (long b = block0; b < block1; b += NEAR)                /* so few that all rows find them in the nearest cache */
+        for (long c = 0; c < dim; c += PANEL)
+            for (int r = 0; r < g->count; r += ROWS)
+                BY_ROWS(g->count - r, mix, m, layer, blocks, head, b, b + NEAR < block1 ? b + NEAR : block1, c,
+                        scores + r * stride, stride, g->out + r, form);
+    for (int r = 0; r < g->count; r++)
+        for (long i = 0; i < dim; i++) g->out[r][i] /= total[r];
 }
 
 /* out (rows, heads * dim). A group is made of the query heads of one KV head, of one token or of several. */
 INLINE void attend(const Model *m, const Step *step, const float *qkv, long l, float *out, float *scores, long stride,
-                   long wide) {
+                   enum Form form) {
     long width = (m->heads + 2 * m->kv_heads) * m->dim, share = m->heads / m->kv_heads;
     scores += omp_get_thread_num() * GROUP * stride;
     for (long i = 0; i < step->parts; i++) {
@@ -367,7 +431,7 @@ INLINE void attend(const Model *m, const Step *step, const float *qkv, long l, f
                 g.out[r] = out + row * m->heads * m->dim + h * m->dim;
                 g.position[r] = step->position[row];
             }
-            look(m, &g, l, part->blocks, head, scores, stride, wide);
+            look(m, &g, l, part->blocks, head, scores, stride, form);
         }
     }
 #pragma omp barrier
@@ -442,38 +506,27 @@ void forward(const Model *m, const Step *step, long context, long threads, float
             const Layer *layer = m->layer + l;
             normalise_rows(m, &layer->norm1, x, rows, h);
             book(spent, NORMS, &last);
-            multiply(m, &layer->qkv, 0, h, rows, STORE, qkv);
+            multiply(&layer->qkv, 0, h, rows, STORE, qkv);
             book(spent, QKV, &last);
             place(m, layer, step, turns, qkv, l);
             book(spent, PLACE, &last);
-            if (m->cache_wide) attend(m, step, qkv, l, seen, scores, stride, 1);
-            else attend(m, step, qkv, l, seen, scores, stride, 0);
+            if (m->cache_form == FLOAT32) attend(m, step, qkv, l, seen, scores, stride, FLOAT32);
+            else attend(m, step, qkv, l, seen, scores, stride, FLOAT16);
             book(spent, ATTEND, &last);
             if (l == m->layers - 1) rows = keep_wanted(m, step, x, seen);       /* nobody asks what the others hold */
-            multiply(m, &layer->out, 0, seen, rows, ADD, x);
+            multiply(&layer->out, 0, seen, rows, ADD, x);
             book(spent, OUT, &last);
             normalise_rows(m, &layer->norm2, x, rows, h);
             book(spent, NORMS, &last);
-            multiply(m, &layer->up, &layer->gate, h, rows, layer->gate.weights ? STORE : GELU, inner);
+            multiply(&layer->up, &layer->gate, h, rows, layer->gate.weights ? STORE : GELU, inner);
             book(spent, UP, &last);
-            multiply(m, &layer->down, 0, inner, rows, ADD, x);
+            multiply(&layer->down, 0, inner, rows, ADD, x);
             book(spent, DOWN, &last);
         }
         normalise_rows(m, &m->norm, x, rows, h);
         book(spent, NORMS, &last);
-        multiply(m, &m->head, 0, h, rows, STORE, logits);
+        multiply(&m->head, 0, h, rows, STORE, logits);
         find_likeliest(logits, rows, m->head.outputs, best, token);
         book(spent, HEAD, &last);
     }
-}
-
-/* (outputs, inputs) float32 -> panels of 16 outputs, float32 or float16; the last panel is filled up with zeros. */
-void pack(const float *from, long outputs, long inputs, long wide, void *to) {
-#pragma omp parallel for
-    for (long i = 0; i < (outputs + PANEL - 1) / PANEL; i++)
-        for (long k = 0; k < inputs; k++)
-            for (long j = 0; j < PANEL; j++) {
-                float value = i * PANEL + j < outputs ? from[(i * PANEL + j) * inputs + k] : 0;
-                keep(to, (i * inputs + k) * PANEL + j, value, wide);
-            }
 }

@@ -1,4 +1,4 @@
-"""engine/native.c, compiled for this machine and called from Python: transformer.py's twin for CPUs.
+"""engine/native.c and forms.h, compiled for this machine and called from Python: transformer.py's twin for CPUs.
 
 Nothing else is needed than a C compiler (cc, gcc, clang). The library is kept in the cache, by the hash of its source,
 compiler and processor. Where there is no compiler, or it fails, the engine runs on transformer.py.
@@ -29,6 +29,9 @@ from weights.tensors import Tensors
 SOURCE = Path(__file__).with_suffix(".c")
 PHASES = ("embedding", "norms", "q, k, v", "rotate, keep", "attention", "out", "up", "down", "head")
 PANEL = 16  # as in native.c; also the only size of a block that it knows
+FORMS = ("float32", "float16", "bfloat16", "int8", "int4")  # enum Form in forms.h
+SMALLEST_FIRST = ("int4", "int8", "bfloat16", "float16", "float32")
+EXACT = "exact"
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC")
 
 
@@ -37,7 +40,9 @@ class NotAvailable(Exception):
 
 
 class Matrix(Structure):
-    _fields_ = (("weights", c_void_p), ("bias", c_void_p), ("outputs", c_long), ("inputs", c_long))
+    _fields_ = (
+        ("weights", c_void_p), ("bias", c_void_p), ("outputs", c_long), ("inputs", c_long), ("form", c_long),
+    )  # fmt: skip
 
 
 class Norm(Structure):
@@ -54,9 +59,8 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = (
         *((name, c_long) for name in ("layers", "hidden", "heads", "kv_heads", "dim", "inner", "window")),
-        ("wide", c_long), ("cache_wide", c_long), ("eps", c_float), ("layer", POINTER(Layer)), ("norm", Norm),
-        ("head", Matrix), ("embedding", c_void_p), ("positions", c_void_p), ("angles", c_void_p), ("keys", c_void_p),
-        ("values", c_void_p),
+        ("cache_form", c_long), ("eps", c_float), ("layer", POINTER(Layer)), ("norm", Norm), ("head", Matrix),
+        ("embedding", Matrix), ("positions", c_void_p), ("angles", c_void_p), ("keys", c_void_p), ("values", c_void_p),
     )  # fmt: skip
 
 
@@ -84,7 +88,8 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NotAvailable(f"the compiled library cannot be loaded ({error})") from error
-    loaded.scratch_floats.restype = c_long
+    for name in ("scratch_floats", "kept_bytes", "pack"):
+        getattr(loaded, name).restype = c_long
     return loaded
 
 
@@ -112,7 +117,8 @@ def compile_beside() -> str | None:
 
 def compiled() -> Path:
     """Where the library for this source, compiler and processor lies, once it was made."""
-    identity = (SOURCE.read_text(), compiler(), FLAGS, platform.machine(), cpu_flags())
+    source = SOURCE.read_text() + SOURCE.with_name("forms.h").read_text()
+    identity = (source, compiler(), FLAGS, platform.machine(), cpu_flags())
     return cache_dir() / "native" / f"{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
 
 
@@ -148,30 +154,33 @@ def build(path: Path) -> None:
 
 
 class NativeTransformer:
-    """The face of transformer.Transformer. form: "float32" or "float16", how weights are kept; cache: likewise.
+    """The face of transformer.Transformer. All arithmetic is float32; cache: float32 or float16.
 
-    All arithmetic is float32.
+    form: how weights are kept, one of FORMS; EXACT gives each matrix the smallest form that holds its very numbers.
+    A checkpoint that was quantised or rounded once (Q4_1, Q8_0, bfloat16) is then read as the few bytes it was.
     """
 
     def __init__(
         self, shape: Shape, tensors: Tensors, form: str, cache: torch.dtype, *, blocks: int, threads: int
     ) -> None:
         self.c, self.shape, self.threads = library(), shape, threads
-        self.wide, self.kept_as = form == "float32", getattr(torch, form)
+        self.form = form
         self.kept: list[torch.Tensor] = []  # those whose addresses C holds
+        self.bytes_by_form: dict[str, int] = {}
         loader = Loader(shape, tensors, self.packed, torch.device("cpu"), torch.float32)
         gpt2 = shape.family == "gpt2"
         self.layers = (Layer * shape.layers)(*(self.layer(loader, i) for i in range(shape.layers)))
         # Block by block, not layer by layer: memory comes in pages of up to 2 MB, and is taken as tokens come.
         kv = (blocks, shape.layers, shape.kv_heads, shape.head_dim, PANEL)
         self.keys, self.values = (zeros(kv, cache, torch.device("cpu")) for _ in "kv")
+        head = loader.head()
         self.model = Model(
             layers=shape.layers, hidden=shape.hidden, heads=shape.heads, kv_heads=shape.kv_heads, dim=shape.head_dim,
-            inner=shape.inner, window=shape.window or 0, wide=self.wide,
-            cache_wide=cache == torch.float32, eps=shape.norm_eps, layer=self.layers,
+            inner=shape.inner, window=shape.window or 0,
+            cache_form=FORMS.index(str(cache).removeprefix("torch.")), eps=shape.norm_eps, layer=self.layers,
             norm=self.norm(loader, "ln_f" if gpt2 else "norm"),
-            head=loader.head(),
-            embedding=None if loader.tied else self.keep(loader.take(loader.embedding + ".weight").to(self.kept_as)),
+            head=head,
+            embedding=head if loader.tied else self.packed(loader.take(loader.embedding + ".weight"), None),
             positions=self.keep(loader.table("wpe")) if gpt2 else None,
             angles=self.keep(torch.tensor(shape.rope)) if shape.rope else None,
             keys=self.keep(self.keys), values=self.keep(self.values),
@@ -201,15 +210,17 @@ class NativeTransformer:
         )  # fmt: skip
 
     def packed(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
-        outputs, inputs = weight.shape
-        panels = -(-outputs // PANEL)
-        kept = torch.empty(panels, inputs, PANEL, dtype=self.kept_as)
-        source = weight.float().contiguous()
-        self.c.pack(
-            c_void_p(source.data_ptr()), c_long(outputs), c_long(inputs), c_long(self.wide), c_void_p(kept.data_ptr())
-        )
-        filled = None if bias is None else self.keep(F.pad(bias.float(), (0, panels * PANEL - outputs)))
-        return Matrix(self.keep(kept), filled, outputs, inputs)
+        (outputs, inputs), source = weight.shape, weight.float().contiguous()
+        size = c_void_p(source.data_ptr()), c_long(outputs), c_long(inputs)
+        for name in SMALLEST_FIRST if self.form == EXACT else (self.form,):
+            form = FORMS.index(name)
+            kept = torch.empty(self.c.kept_bytes(*size[1:], form), dtype=torch.uint8)
+            same = self.c.pack(*size, form, c_long(self.form == EXACT), c_void_p(kept.data_ptr()))
+            if same or self.form != EXACT:
+                break
+        self.bytes_by_form[name] = self.bytes_by_form.get(name, 0) + kept.nbytes
+        filled = None if bias is None else self.keep(F.pad(bias.float(), (0, -outputs % PANEL)))
+        return Matrix(self.keep(kept), filled, outputs, inputs, form)
 
     def norm(self, loader: Loader, name: str) -> Norm:
         if not loader.has(name + ".weight"):
@@ -257,6 +268,18 @@ class NativeTransformer:
         )
         self.found = list(best), list(tokens)
         return logits
+
+    def bytes_by_phase(self) -> dict[str, int]:
+        """What a step reads of the weights, all layers together."""
+        parts = {"q, k, v": ("qkv",), "out": ("out",), "up": ("up", "gate"), "down": ("down",)}
+        found = {
+            phase: sum(self.bytes_of(getattr(layer, name)) for layer in self.layers for name in names)
+            for phase, names in parts.items()
+        }
+        return found | {"head": self.bytes_of(self.model.head)}
+
+    def bytes_of(self, matrix: Matrix) -> int:
+        return self.c.kept_bytes(c_long(matrix.outputs), c_long(matrix.inputs), matrix.form)
 
     def anatomy(self, step: Step) -> dict[str, float]:
         """Compute the step; the seconds of each phase, all layers together."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from engine import load as engine_load
 from engine.load import EngineConfig
+from engine.native import EXACT
 from experiments.endpoint import Endpoint
 from experiments.ways import Load, OneByOne, OurEngine, StaticBatches, TransformersContinuous, Way
 from lab import console, records, serving_plots, serving_tables
@@ -75,11 +76,16 @@ def measure(config: ContinuousConfig, record: dict[str, Any], ways: list[Way], r
         raise KeyboardInterrupt
 
 
+def weights_as_kept(about: dict[str, Any]) -> str:
+    kept = " and ".join(f"{form} {size / 1e6:,.0f} MB" for form, size in about["kept"].items())
+    return f"exactly the checkpoint's numbers, kept as {kept}" if about["weights"] == EXACT else kept
+
+
 def engine_table(about: dict[str, Any]) -> str:
     """What the engine runs on, beside the card."""
     rows = [
         ("Forward pass", about["kernel"]),
-        ("Weights", f"{about['weights']}, {about['weight_bytes'] / 1e6:,.0f} MB"),
+        ("Weights", weights_as_kept(about)),
         (
             "Keys and values",
             f"{about['cache']}, {about['kv_bytes_per_token']:,} bytes a token, {about['kv_blocks']:,} blocks of 16 "

@@ -13,6 +13,7 @@ from config import Config, UserError, check_packages, knob, listed
 if __name__ == "__main__":
     check_packages()
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -52,8 +53,11 @@ def prompt_step(tokens: int) -> Step:
                 [tokens - 1])  # fmt: skip
 
 
-def work(shape: Shape, step: Step, weight_bytes: int, kv_bytes: int) -> dict[str, tuple[float, float]]:
-    """Phase -> (FLOPs, bytes read at the least): weights once, and each part's keys and values once."""
+def work(shape: Shape, step: Step, weight_bytes: Mapping[str, int], kv_bytes: int) -> dict[str, tuple[float, float]]:
+    """Phase -> (FLOPs, bytes read at the least): weights once, and each part's keys and values once.
+
+    weight_bytes: by phase, all layers together. kv_bytes: of one number in the cache.
+    """
     rows, wanted, hidden, inner = len(step.tokens), len(step.wanted), shape.hidden, shape.inner
     width = shape.heads * shape.head_dim
     matrices = {
@@ -66,11 +70,11 @@ def work(shape: Shape, step: Step, weight_bytes: int, kv_bytes: int) -> dict[str
     found = {}
     for name, numbers in matrices.items():
         times = rows * (shape.layers - 1) + (wanted if name in last else rows)
-        found[name] = (2 * numbers * times, shape.layers * numbers * weight_bytes)
+        found[name] = (2 * numbers * times, weight_bytes[name])
     looks = sum(position + 1 for part in step.parts for position in part.positions)
     cached = sum(part.length for part in step.parts)
     found["attention"] = (4 * shape.layers * width * looks, cached * shape.kv_numbers_per_token() * kv_bytes)
-    found["head"] = (2 * hidden * shape.vocabulary * wanted, hidden * shape.vocabulary * weight_bytes)
+    found["head"] = (2 * hidden * shape.vocabulary * wanted, weight_bytes["head"])
     return found
 
 
@@ -118,13 +122,12 @@ def steps(config: AnatomyConfig, loaded: Loaded) -> dict[str, Step]:
     return made
 
 
-def measured(
-    config: AnatomyConfig, network: NativeTransformer, step: Step, sizes: tuple[int, int], probe: ceilings.Probe
-) -> dict[str, Any]:
+def measured(config: AnatomyConfig, network: NativeTransformer, step: Step, probe: ceilings.Probe) -> dict[str, Any]:
     """One step's seconds by phase, its work, and the machine's rates beside it."""
     rate, _ = ceilings.gemm_rate(torch.device("cpu"), torch.float32)
     return {
-        "seconds": measure(network, step, config.runs), "work": work(network.shape, step, *sizes),
+        "seconds": measure(network, step, config.runs),
+        "work": work(network.shape, step, network.bytes_by_phase(), network.keys.itemsize),
         "flops_per_s": rate, "bytes_per_s": probe.bytes_per_s(9),
     }  # fmt: skip
 
@@ -150,10 +153,9 @@ def main(argv: list[str] | None = None) -> int:
         "gpu_utilisation": "N/A",
     }  # fmt: skip
     record["config"]["max_new_tokens"] = 1
-    sizes = (2 if loaded.about["weights"] == "float16" else 4, 2 if loaded.about["cache"] == "float16" else 4)
     for title, step in console.progress(planned.items(), len(planned), "steps"):
         try:
-            record["steps"][title] = found = measured(config, network, step, sizes, probe)
+            record["steps"][title] = found = measured(config, network, step, probe)
         except KeyboardInterrupt:
             record["partial"] = True
             break

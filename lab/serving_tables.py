@@ -145,8 +145,8 @@ def sentences(record: Record) -> list[str]:
         f"{'All ways' if not unknown else 'All ways whose tokens are known'} gave the same tokens to all {asked} "
         "requests."
         if not different
-        else f"Not all tokens are those of {record['ways'][0]}: {'; '.join(different)}. Weights rounded to float16 "
-        "tip a choice between two tokens that are nearly as likely; --dtype float32 does not round."
+        else f"Not all tokens are those of {record['ways'][0]}: {'; '.join(different)}. Where two tokens "
+        "are nearly as likely, the order in which a sum is rounded decides, and 16-bit weights or caches decide sooner."
     )
     said.append(conservation(found[ours]))
     return said

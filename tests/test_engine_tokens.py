@@ -159,7 +159,7 @@ def test_budgets_that_cannot_work_are_refused(checkpoint_folder, wishes, says):
 
 @pytest.mark.slow
 def test_the_embedded_model_answers_as_transformers_does():
-    """float16 weights, float32 arithmetic: the default on a CPU."""
+    """As it comes: weights in 4 and 8 bits, since this checkpoint's numbers are no finer; arithmetic in float32."""
     from model import load_pair
 
     try:
