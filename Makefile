@@ -1,13 +1,14 @@
 # make run     install what is missing, then answer Day 1's question
 # make test    the whole test suite             make test-fast   without the slow ones
 # make check   format and lint                  make bench       the claims of the README, measured here
+# make peers   llama.cpp and vLLM in environments of their own, for make bench to compare with
 # make run ARGS="--quick --breakdown" hands arguments on.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-fast check format bench clean
+.PHONY: run test test-fast check format bench peers clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.run
@@ -27,11 +28,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+peers:
+	@PYTHON=$(PYTHON) benchmarks/peers/install.sh
+
 bench: $(VENV)/.run
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .peers .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: a step runs again only when its requirements changed.
 $(VENV)/.run: requirements.txt requirements-model.txt

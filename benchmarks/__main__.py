@@ -33,6 +33,7 @@ ALL = (
     "engine_identity",
     "engine_speed",
     "engine_cost",
+    "engine_peers",
 )
 
 
@@ -68,7 +69,8 @@ def finish(config: BenchConfig, record: dict, found: list[Claim], page: console.
         "verdicts": [f"{claim.what}: {claim.word}" for claim in found],
     }
     status = console.conclude(config, record, page, [claims_table(found)])
-    return status or (1 if any(c.holds is False for c in found) else 3 if any(c.holds is None for c in found) else 0)
+    answers = {claim.holds for claim in found if not claim.skipped}
+    return status or (1 if False in answers else 3 if None in answers else 0)
 
 
 if __name__ == "__main__":

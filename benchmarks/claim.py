@@ -13,10 +13,11 @@ class Claim:
     promised: str
     measured: str
     holds: bool | None  # None: the measurement could not tell
+    skipped: bool = False  # there was nothing to measure it with
 
     @property
     def word(self) -> str:
-        return {True: "holds", False: "FAILS", None: "undecided"}[self.holds]
+        return "left out" if self.skipped else {True: "holds", False: "FAILS", None: "undecided"}[self.holds]
 
 
 def rounds(config: PromptConfig, full: int) -> int:

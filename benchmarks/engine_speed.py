@@ -140,17 +140,15 @@ def first_token_claims(bench: Bench) -> list[Claim]:
     return claimed
 
 
-def offline_load(bench: Bench) -> Load:
-    """16 to 256 prompt tokens, more short ones than long ones, long beside short."""
+def offline_prompts(encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """16 to 256 tokens, more short ones than long ones, long beside short."""
     sizes = [16 + round(240 * (i * 0.6180339887 % 1) ** 1.3) for i in range(OFFLINE)]
-    return Load(
-        [exact(bench.encode, size, i) for i, size in enumerate(sizes)], [OFFLINE_NEW] * OFFLINE, [0.0] * OFFLINE
-    )
+    return [exact(encode, size, i) for i, size in enumerate(sizes)]
 
 
 def offline_claims(bench: Bench) -> list[Claim]:
     """32 mixed requests at once: mainly a matter of prefill."""
-    load = offline_load(bench)
+    load = Load(offline_prompts(bench.encode), [OFFLINE_NEW] * OFFLINE, [0.0] * OFFLINE)
     prompts = sum(map(len, load.prompts))
     found = compare(bench, load, makespan_s, 2 if bench.config.quick else 3, f"{OFFLINE} requests")
     work = sum(

