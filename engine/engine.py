@@ -10,15 +10,16 @@ called from any other, they only leave word for the next step.
 """
 
 import itertools
+import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from engine.answer import Answer, Listener
 from engine.request import Choice, Refusal, Request, Sampling, Status, StepFailed, Timeline
 from engine.scheduler import Scheduler, Slice
-from engine.text import Text
 
 STEPS_KEPT = 100_000
 
@@ -35,14 +36,6 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One new token and the text that has become certain by now."""
-
-    choice: Choice
-    text: str
-
-
-@dataclass(frozen=True)
 class StepTimes:
     """One step: when it started, was planned, was computed, had delivered (s); how many tokens of how many requests."""
 
@@ -52,80 +45,6 @@ class StepTimes:
     end: float
     tokens: int
     requests: int
-
-
-class Answer:
-    """The asker's side of a request. Iterate over it for its pieces; result() waits for the end.
-
-    choices: every token so far. Its text is decoded when the asker wants it, in the asker's time and not in the step's;
-    except where a stop string is looked for.
-    """
-
-    def __init__(self, engine: "Engine", request: Request, listener: "Listener | None") -> None:
-        self.engine, self.request, self.listener = engine, request, listener
-        self.choices: list[Choice] = []
-        self.read = self.written = 0  # of the choices: taken by __iter__, and handed to the writer
-        self.writer = Text(engine.decode, request.sampling.stop) if engine.decode else None
-        self.followers: list[Answer] = []
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.request.answer
-
-    @property
-    def text(self) -> str:
-        """All of it so far."""
-        self.catch_up()
-        return self.writer.text if self.writer else ""
-
-    def new_text(self) -> str:
-        """What has become certain since it was last asked for."""
-        self.catch_up()
-        return self.writer.take() if self.writer else ""
-
-    def catch_up(self) -> None:
-        """Decode the tokens that are not decoded yet; with stop strings, the engine has done it."""
-        if self.writer and not self.request.sampling.stop:
-            self.decode_new()
-
-    def decode_new(self) -> None:
-        done = self.done  # asked first: a token may come meanwhile, but not after the end
-        while self.written < len(self.choices):
-            self.writer.add(self.choices[self.written].token)
-            self.written += 1
-        if done and not self.writer.ended:
-            self.writer.end()
-
-    @property
-    def done(self) -> bool:
-        return self.request.status is Status.DONE
-
-    def __iter__(self) -> Iterator[Piece]:
-        while self.read < len(self.choices) or not self.done:
-            if self.read < len(self.choices):
-                self.read += 1
-                yield Piece(self.choices[self.read - 1], self.new_text())
-            else:
-                self.drive()
-
-    def result(self) -> "Answer":
-        """Drive the engine until this answer is complete. Raises the request's error, if it failed."""
-        while not self.done:
-            self.drive()
-        if self.request.error is not None:
-            raise self.request.error
-        return self
-
-    def drive(self) -> None:
-        if not self.engine.step() and not self.done:
-            raise RuntimeError(f"request {self.request.number} waits, and the engine has nothing to do")
-
-    def cancel(self) -> None:
-        """Stop it before the next step, wherever it stands. From any thread; nothing happens when it is done."""
-        self.engine.inbox.append(("cancel", self))
-
-
-Listener = Callable[[Answer, Choice | None], None]
 
 
 class Engine:
@@ -167,6 +86,8 @@ class Engine:
 
         The others are queued when the first has computed the prompt: they find it in the prefix cache.
         """
+        if n < 1:
+            raise Refusal(f"n must be at least 1, and is {n}.")
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(n)]
         first, *others = [self.prepared(prompt, replace(sampling, seed=seed), **more) for seed in seeds]
         first.followers = others
@@ -177,8 +98,14 @@ class Engine:
         self, prompt: Sequence[int], sampling: Sampling, salt: str = "",
         listener: Listener | None = None,
     ) -> Answer:  # fmt: skip
-        self.check_fits(prompt, sampling)
-        request = Request(next(self.numbers), list(prompt), sampling, Timeline(self.clock()), salt)
+        try:
+            tokens = list(map(operator.index, prompt))
+        except TypeError as error:
+            raise Refusal(f"A prompt is a list of token ids, whole numbers ({error}).") from error
+        if not isinstance(salt, str):
+            raise Refusal(f"salt must be a text, and is {salt!r}.")
+        self.check_fits(tokens, sampling)
+        request = Request(next(self.numbers), tokens, sampling, Timeline(self.clock()), salt)
         self.scheduler.check_fits(request)
         return Answer(self, request, listener)
 
@@ -205,7 +132,8 @@ class Engine:
         progress: told after every step how many more are complete (lab/console.py has a bar for it).
         """
         wishes = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
-        answers = [self.submit(prompt, wish) for prompt, wish in zip(prompts, wishes, strict=True)]
+        answers = [self.prepared(prompt, wish) for prompt, wish in zip(prompts, wishes, strict=True)]
+        self.inbox.extend(("submit", answer) for answer in answers)  # all or none: a Refusal leaves nothing behind
         left = answers
         while left:
             self.step()
@@ -266,44 +194,48 @@ class Engine:
 
     def deliver(self, slices: list[Slice], results: list, start: float, now: float) -> None:
         """Hand every request its token, or its error."""
-        pairs = list(zip(slices, results, strict=True))
-        self.scheduler.computed([part for part, result in pairs if not isinstance(result, Exception)])
-        for part, result in pairs:
+        for part, result in zip(slices, results, strict=True):
             request, answer = part.request, self.answers[part.request]
             request.spent += part.count
             request.timeline.slices.append((start, now, part.count))
             if isinstance(result, Exception):
                 request.error = result
                 self.finish(answer, "error", now)
-            elif result is not None:
-                try:
-                    self.hand_over(answer, result, now)
-                except Exception as error:  # its tokenizer's or its listener's: nobody else's business
-                    request.error, answer.listener = error, None
-                    self.finish(answer, "error", now)
+            elif result is None:
+                self.scheduler.computed(part)
+            else:
+                self.hand_over(answer, part, result, now)
 
-    def hand_over(self, answer: Answer, choice: Choice, now: float) -> None:
+    def hand_over(self, answer: Answer, part: Slice, choice: Choice, now: float) -> None:
         """One more token is known. It may be the last."""
         request, wish = answer.request, answer.request.sampling
         request.tokens.append(choice.token)
+        self.scheduler.computed(part)  # not before: who has caught up, but has no next token, would never run again
         request.timeline.tokens.append(now)
         self.counts["delivered"] += 1
         answer.choices.append(choice)
-        cut = False
+        cut, reason = False, None
         if wish.stop:
-            answer.decode_new()
+            self.guarded(answer, answer.decode_new)
             cut = answer.writer.stopped_by is not None
-        reason = None
         if cut or choice.token in wish.stop_ids or (choice.token in self.eos_ids and not wish.ignore_eos):
             reason = "stop"
-        elif len(request.tokens) - len(request.prompt) == wish.max_new_tokens:
+        elif len(request.tokens) - len(request.prompt) >= wish.max_new_tokens:
             reason = "length"
         if answer.listener:
-            answer.listener(answer, choice)
-        if answer.followers:
-            self.release_followers(answer)
-        if reason:
+            self.guarded(answer, answer.listener, answer, choice)
+        self.release_followers(answer)
+        if request.error is not None:
+            self.finish(answer, "error", now)
+        elif reason:
             self.finish(answer, reason, now)
+
+    def guarded(self, answer: Answer, do: Callable, *arguments: Any) -> None:
+        """Its tokenizer and its listener are its own business: what they raise ends this answer and no other."""
+        try:
+            do(*arguments)
+        except Exception as error:
+            answer.request.error = answer.request.error or error
 
     def finish(self, answer: Answer, reason: str, now: float) -> None:
         """Whatever the reason: it holds no memory any more, and its books are closed."""
@@ -311,19 +243,16 @@ class Engine:
         useful = min(request.spent, request.computed - request.reused) if reason in ("stop", "length") else 0
         self.counts["wasted"] += request.spent - useful
         self.counts["reused"] += request.reused
+        if request.sampling.stop and reason != "error":
+            self.guarded(answer, answer.writer.end)
+        request.finish_reason, request.timeline.finished = "error" if request.error else reason, now
         if request in self.answers:
             del self.answers[request]
             self.scheduler.remove(request)
-        request.status = Status.DONE
-        request.finish_reason, request.timeline.finished = reason, now
+        request.status = Status.DONE  # last: whoever reads in another thread finds all of it when it is done
         self.runner.forget(request)
-        if request.sampling.stop and reason != "error":
-            answer.decode_new()
-        try:
-            if answer.listener:
-                answer.listener(answer, None)
-        except Exception as error:
-            request.error = request.error or error
+        if answer.listener:
+            self.guarded(answer, answer.listener, answer, None)
         self.release_followers(answer)
 
     def release_followers(self, answer: Answer) -> None:
@@ -334,10 +263,11 @@ class Engine:
     # ---- what it did
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start, and the state now. Tokens: computed = useful + wasted once everything has ended.
+        """Counts since the start, and the state now; for the thread that calls step().
 
-        wasted: computed a second time after a preemption, or for an answer that failed or was cancelled. reused:
-        prompt tokens found in the prefix cache. KV blocks: held by requests, cached (contents kept, nobody's), empty.
+        Tokens: computed = useful + wasted once everything has ended. wasted: computed a second time after a preemption,
+        or for an answer that failed or was cancelled. reused: prompt tokens found in the prefix cache. KV blocks: held
+        by requests, cached (contents kept, nobody's), empty.
         """
         blocks, scheduler = self.scheduler.blocks, self.scheduler
         cached = sum(block in blocks.key_of for block in blocks.free)

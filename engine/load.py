@@ -73,9 +73,12 @@ def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = N
     except Unsupported as why:
         return through_transformers(config, checkpoint, place, str(why), decode)
     form, cache_dtype = formats(config, place)
+    why = not_native(config, shape, place, form)
+    if why and place.device.type == "cpu":
+        form, cache_dtype = without_native(form, cache_dtype)
     per_token = shape.kv_numbers_per_token() * cache_dtype.itemsize
     blocks = block_count(config, per_token, shape.context, place.device)
-    network, kernel, kept = build(config, shape, tensors, place, form, cache_dtype, blocks)
+    network, kernel, kept = build(shape, tensors, place, form, cache_dtype, blocks, why)
     about = describe(checkpoint, place, shape, config.seed) | {
         "kernel": kernel,
         "weights": form,
@@ -111,38 +114,40 @@ def formats(config: EngineConfig, place: Place) -> tuple[str, torch.dtype]:
     return config.dtype, place.dtype
 
 
-def build(
-    config: EngineConfig, shape: Shape, tensors: Tensors, place: Place, form: str, cache: torch.dtype, blocks: int
-) -> tuple[Any, str, dict[str, int]]:
-    """The network, the name of what computes it, and its weights' bytes by the form they are kept in."""
-    why = "--native off" if config.native == "off" else native_lacks(shape, place, form)
-    if why is None and config.native == "auto":
-        why = native.compile_beside()
-    if why is None:
-        try:
-            network = native.NativeTransformer(
-                shape, tensors, form, cache, blocks=blocks, threads=torch.get_num_threads()
-            )
-            return network, "native.c", network.bytes_by_form
-        except native.NotAvailable as error:
-            why = str(error)
-    form = "float32" if form == native.EXACT else form
-    dtype = torch.float32 if form == "float16" and place.device.type == "cpu" else cache
-    kernel, make = fastest(form, place.device, torch.randn(shape.inner, shape.hidden, device=place.device))
-    network = Transformer(shape, tensors, make, device=place.device, dtype=dtype, blocks=blocks, size=BLOCK)
-    name = f"{kernel} ({why})" if place.device.type == "cpu" else kernel
-    return network, name, {form: network.weight_bytes}
-
-
-def native_lacks(shape: Shape, place: Place, form: str) -> str | None:
-    """Why native.c cannot compute this, or None."""
+def not_native(config: EngineConfig, shape: Shape, place: Place, form: str) -> str | None:
+    """Why native.c does not compute this, or None."""
+    if config.native == "off":
+        return "--native off"
     if place.device.type != "cpu":
         return f"native.c is for CPUs, this is {place.device.type}"
-    if form not in (native.EXACT, "float32", "float16"):
-        return f"native.c has no {form} weights"
+    if form == "bfloat16":
+        return "native.c computes in float32, and keeps no bfloat16 cache"
     if shape.head_dim % native.PANEL:
         return f"native.c wants heads of a multiple of {native.PANEL} numbers, these have {shape.head_dim}"
-    return None
+    return native.compile_beside() if config.native == "auto" else prepare()
+
+
+def without_native(form: str, cache: torch.dtype) -> tuple[str, torch.dtype]:
+    """The formats that PyTorch's kernels have instead: its float16 products take and give float32, and so the cache."""
+    if form == native.EXACT:
+        return "float32", cache
+    return form, torch.float32 if form == "float16" else cache
+
+
+def build(
+    shape: Shape, tensors: Tensors, place: Place, form: str, cache: torch.dtype, blocks: int, why: str | None
+) -> tuple[Any, str, dict[str, int]]:
+    """The network, the name of what computes it, and its weights' bytes by the form they are kept in.
+
+    why: the reason not to take native.c.
+    """
+    if why is None:
+        network = native.NativeTransformer(shape, tensors, form, cache, blocks=blocks, threads=torch.get_num_threads())
+        return network, "native.c", network.bytes_by_form
+    kernel, make = fastest(form, place.device, torch.randn(shape.inner, shape.hidden, device=place.device))
+    network = Transformer(shape, tensors, make, device=place.device, dtype=cache, blocks=blocks, size=BLOCK)
+    name = f"{kernel} ({why})" if place.device.type == "cpu" else kernel
+    return network, name, {form: network.weight_bytes}
 
 
 def block_count(config: EngineConfig, per_token: int, context: int, device: torch.device) -> int:

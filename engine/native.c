@@ -167,7 +167,7 @@ INLINE void pair_of(const char *const panel[2], const float *x, long inputs, vec
     memcpy(total, sums, sizeof total);
     for (long k = 0; k < inputs; k += SET) {
         const char *set[2] = {panel[0] + bytes_of(form, k), panel[1] + bytes_of(form, k)};
-        for (int h = 0; h < 2; h++)
+        for (int h = 0; h < 2 && (form == INT8 || form == INT4); h++)
             for (int p = 0; p < PARTS; p++) {
                 scale[h][p] = load(set[h], p * LANES, FLOAT16);
                 least[h][p] = load(set[h], PANEL + p * LANES, FLOAT16);
@@ -327,8 +327,10 @@ static void place(const Model *m, const Layer *layer, const Step *step, const fl
             if (norm->weight) normalise(norm, row + h * dim, dim, m->eps, row + h * dim);
             if (m->angles) rotate(row + h * dim, turns + r * dim, dim);
         }
-        long position = step->position[r], in_block = position % PANEL;
-        long block = step->part[step->part_of[r]].blocks[position / PANEL];
+        const Part *part = step->part + step->part_of[r];
+        long position = step->position[r], in_block = position % PANEL, block = part->blocks[position / PANEL];
+        /* Attention multiplies the rest of a last block by zero; what a former owner left there may be NaN. */
+        int clear = r == part->first + part->count - 1 && (in_block == 0 || part->count > 1);
         for (long h = 0; h < m->kv_heads; h++) {
             const float *k = row + (m->heads + h) * dim, *v = k + m->kv_heads * dim;
             long at = cached(m, l, block, h);
@@ -336,6 +338,7 @@ static void place(const Model *m, const Layer *layer, const Step *step, const fl
                 keep(m->keys, at + i * PANEL + in_block, k[i], m->cache_form);
                 keep(m->values, at + in_block * dim + i, v[i], m->cache_form);
             }
+            for (long i = (in_block + 1) * dim; clear && i < PANEL * dim; i++) keep(m->values, at + i, 0, m->cache_form);
         }
     }
 }

@@ -13,6 +13,7 @@ from enum import Enum
 
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
+COLDEST = 1e-5  # below it, dividing by the temperature overflows; the likeliest token is what would be drawn anyway
 
 
 class Refusal(ValueError):
@@ -23,10 +24,11 @@ class Refusal(ValueError):
 class Sampling:
     """How tokens are chosen and when to stop. The defaults: the likeliest token each time, until the end token.
 
-    temperature: 0 takes the likeliest; otherwise logits are divided by it. top_k (0: all), top_p, min_p: which tokens
-    may be drawn at all. repetition_penalty (Keskar et al. 2019, arXiv 1909.05858) divides what occurred in prompt or
-    answer; frequency_penalty and presence_penalty are subtracted for what occurred in the answer, per occurrence and
-    once. logit_bias: token -> added. seed: the same seed gives the same answer, whoever shares the batch.
+    temperature: 0 (or below 1e-5) takes the likeliest; otherwise logits are divided by it. top_k (0: all), top_p,
+    min_p: which tokens may be drawn at all. repetition_penalty (Keskar et al. 2019, arXiv 1909.05858) divides what
+    occurred in prompt or answer; frequency_penalty and presence_penalty are subtracted for what occurred in the answer,
+    per occurrence and once. logit_bias: token -> added. seed: the same seed gives the same answer, whoever shares the
+    batch.
     logprobs: how many of the likeliest alternatives to tell for each token; 0 the chosen one's only, None nothing.
     stop: strings at which the answer is cut, themselves not in it. stop_ids: tokens that end it, as the end token does.
     """
@@ -47,7 +49,12 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed", "logprobs"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) or (value is None and name in ("seed", "logprobs"))):
+                raise Refusal(f"{name} must be a whole number, and is {value!r}.")
         within("max_new_tokens", self.max_new_tokens, 1, 2**31)
+        within("seed", self.seed or 0, 0, 2**63 - 1)
         within("temperature", self.temperature, 0, 100)
         within("top_k", self.top_k, 0, 2**31)
         within("top_p", self.top_p, 0, 1, open_below=True)
@@ -58,12 +65,12 @@ class Sampling:
         within("logprobs", self.logprobs or 0, 0, MOST_LOGPROBS)
         for token, bias in self.logit_bias.items():
             within(f"logit_bias of token {token}", bias, -100, 100)
-        if len(self.stop) > MOST_STOPS or not all(self.stop):
-            raise Refusal(f"stop takes up to {MOST_STOPS} strings, none of them empty.")
+        if isinstance(self.stop, str) or len(self.stop) > MOST_STOPS or not all(self.stop):
+            raise Refusal(f"stop takes a list of up to {MOST_STOPS} strings, none of them empty.")
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
 
 def within(name: str, value: float, least: float, most: float, *, open_below: bool = False) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from engine.request import Choice, Request
+from engine.request import Choice, Request, Status
 from engine.sampler import Sampler
 from engine.scheduler import Slice
 from engine.step import Step, layout
@@ -51,11 +51,17 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def run(self, slices: Sequence[Slice]) -> list[Choice | Exception | None]:
-        results: list[Choice | Exception | None] = []
-        for part in slices:
+        """Each slice by itself, so that its failure is its request's alone: halving a plan would save no memory."""
+        for request in [request for request in self.caches if request.status is Status.WAITING]:
+            del self.caches[request]  # preempted: its memory was taken
+        return [self.one(part) for part in slices]
+
+    def one(self, part: Slice) -> Choice | Exception | None:
+        try:
             logits = self.forward(part)
-            results.append(self.sampler.choose(logits, [part.request])[0] if part.last else None)
-        return results
+        except Exception as error:
+            return error
+        return self.sampler.choose(logits, [part.request])[0] if part.last else None
 
     def forward(self, part: Slice) -> torch.Tensor:
         """The last token's logits, (1, vocabulary)."""

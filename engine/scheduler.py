@@ -114,12 +114,10 @@ class Scheduler:
         self.preemptions += 1
         self.waiting.appendleft(request)
 
-    def computed(self, slices: list[Slice]) -> None:
+    def computed(self, part: Slice) -> None:
         """The step was done: these tokens have their keys and values now."""
-        for part in slices:
-            if part.request.status is Status.RUNNING:  # else it was cancelled meanwhile
-                part.request.computed = part.start + part.count
-                self.blocks.publish(part.request)
+        part.request.computed = part.start + part.count
+        self.blocks.publish(part.request)
 
     def remove(self, request: Request) -> None:
         """It is done, cancelled or failed: wherever it stood, it holds nothing any more."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -38,6 +40,27 @@ class Shape:
     def gated(self) -> bool:
         """Whether the MLP multiplies by a gate (SwiGLU, Shazeer 2020, arXiv 2002.05202)."""
         return self.family != "gpt2"
+
+    def size_of(self, name: str) -> tuple[int, ...]:
+        """What a tensor of this name must be, as checkpoints keep it. GPT-2 keeps its matrices as (inputs, outputs)."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        matrices = {
+            "attn.c_attn": (queries + 2 * keys, self.hidden), "attn.c_proj": (self.hidden, queries),
+            "mlp.c_fc": (self.inner, self.hidden), "mlp.c_proj": (self.hidden, self.inner),
+            "q_proj": (queries, self.hidden), "k_proj": (keys, self.hidden), "v_proj": (keys, self.hidden),
+            "o_proj": (self.hidden, queries), "gate_proj": (self.inner, self.hidden),
+            "up_proj": (self.inner, self.hidden), "down_proj": (self.hidden, self.inner),
+        }  # fmt: skip
+        tables = {"wpe": (self.context, self.hidden)} | dict.fromkeys(
+            ("wte", "embed_tokens", "lm_head"), (self.vocabulary, self.hidden)
+        )
+        norms = dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,))
+        stem, _, kind = name.rpartition(".")
+        size = next((size for end, size in (matrices | tables | norms).items() if stem.endswith(end)), (self.hidden,))
+        if kind == "bias":
+            return size[:1]
+        turned = self.family == "gpt2" and any(stem.endswith(end) for end in matrices)
+        return size[::-1] if turned else size
 
     def kv_numbers_per_token(self) -> int:
         """2 (key and value) * layers * KV heads * head dimension."""
@@ -112,19 +135,17 @@ def rope_angles(rope: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
     """By how much each pair of dimensions turns from one position to the next (RoFormer, arXiv 2104.09864, eq. 15).
 
     Scaled rotations stretch a context beyond the trained one: "linear" all pairs alike, "llama3" the slow ones only.
+    In float32, as transformers has it: at position 5,000 a more exact angle is another one by 5,000 times the rounding.
     """
-    angles = [rope["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    shares = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
+    angles = np.float32(1) / np.float32(rope["rope_theta"]) ** shares
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return tuple(angles)
     if kind == "linear":
-        return tuple(angle / rope["factor"] for angle in angles)
-    demand(kind == "llama3", f"its positions are scaled by {kind!r}")
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-
-    def scaled(angle: float) -> float:
-        turns = rope["original_max_position_embeddings"] * angle / (2 * math.pi)  # in the trained context
-        keep = min(max((turns - low) / (high - low), 0.0), 1.0)  # 1: fast, left as it is; 0: slow, slowed further
-        return keep * angle + (1 - keep) * angle / rope["factor"]
-
-    return tuple(map(scaled, angles))
+        angles = angles / np.float32(rope["factor"])
+    elif kind != "default":
+        demand(kind == "llama3", f"its positions are scaled by {kind!r}")
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * angles / np.float32(2 * math.pi)  # in the trained context
+        keep = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)  # 1: fast, as it is; 0: slow, slowed
+        angles = keep * angles + (1 - keep) * angles / np.float32(rope["factor"])
+    return tuple(angles.tolist())

@@ -29,41 +29,50 @@ class Text:
     def add(self, token: int) -> None:
         self.window.append(token)
         decoded = self.decode(self.window)
-        certain = decoded.removesuffix(UNFINISHED)
-        if len(certain) > self.taken:
-            self.extend(certain[self.taken :])
-            self.taken = len(certain)
-        if len(self.window) >= 2 * WINDOW and certain == decoded:
-            self.window = self.window[-WINDOW:]  # not less: some decoders drop the space before a first token
-            self.taken = len(self.decode(self.window))
+        if decoded.endswith(
+            UNFINISHED
+        ):  # nothing is certain: some decoders then show whole characters before it so too
+            return
+        self.extend(decoded[self.taken :])
+        self.taken = len(decoded)
+        if len(self.window) >= 2 * WINDOW:
+            self.cut_window(decoded)
+
+    def cut_window(self, decoded: str) -> None:
+        """Forget the tokens that can change nothing any more: the rest must still read as the end of the whole."""
+        rest = self.window[-WINDOW:]  # not fewer: some decoders drop the space before a first token
+        tail = self.decode(rest)
+        if tail and not tail.startswith(UNFINISHED) and decoded.endswith(tail):
+            self.window, self.taken = rest, len(tail)
 
     def end(self) -> None:
         """No token comes any more: what was held back is certain now."""
-        if self.stopped_by is None:
+        if self.stopped_by is None and not self.ended:
             self.extend(self.decode(self.window)[self.taken :])
         self.ended = True
 
     def take(self) -> str:
         """The text that has become certain since the last call."""
-        upto = len(self.text) - (0 if self.ended else self.held_back())
-        new = self.text[self.shown : upto]
+        # In this order, and once each: another thread may be adding to them.
+        final, text = self.ended or self.stopped_by is not None, self.text
+        upto = len(text) - (0 if final else self.held_back(text))
+        new = text[self.shown : upto]
         self.shown = max(self.shown, upto)
         return new
 
     def extend(self, new: str) -> None:
         """Append to the text, and cut it where the first stop string begins."""
-        searched = max(len(self.text) - self.longest_stop + 1, 0)
-        self.text += new
-        if self.stop:
-            found = [(self.text.find(stop, searched), stop) for stop in self.stop]
-            places = [(place, stop) for place, stop in found if place >= 0]
-            if places:
-                place, self.stopped_by = min(places)
-                self.text = self.text[:place]
+        text, searched = self.text + new, max(len(self.text) - self.longest_stop + 1, 0)
+        found = [(text.find(stop, searched), stop) for stop in self.stop]
+        places = [(place, stop) for place, stop in found if place >= 0]
+        if not places:
+            self.text = text
+            return
+        place, stopped_by = min(places)
+        self.text = text[:place]
+        self.stopped_by = stopped_by
 
-    def held_back(self) -> int:
+    def held_back(self, text: str) -> int:
         """Characters at the end that may be the beginning of a stop string."""
-        if not self.stop or self.stopped_by is not None:
-            return 0
-        ends = range(min(self.longest_stop - 1, len(self.text)), 0, -1)
-        return next((n for n in ends if any(stop.startswith(self.text[-n:]) for stop in self.stop)), 0)
+        ends = range(min(self.longest_stop - 1, len(text)), 0, -1)
+        return next((n for n in ends if any(stop.startswith(text[-n:]) for stop in self.stop)), 0)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from config import UserError
 from engine.linear import Linear, Maker
 from engine.sampler import likeliest
 from engine.shape import Shape
@@ -114,7 +115,10 @@ class Attention:
         single = [part for part in step.parts if part.count == 1]
         longest = max((part.length for part in single), default=0)
         self.rows = home.ids([part.first for part in single])
-        filled = [part.slots(part.length, home.size) + [0] * (longest - part.length) for part in single]
+        # Filled up with a slot of its own: what it sees is multiplied by zero, and another's NaN would not become zero.
+        filled = [
+            part.slots(part.length, home.size) + part.slots(1, home.size) * (longest - part.length) for part in single
+        ]
         self.context = home.ids([slot for slots in filled for slot in slots]).view(len(single), longest)
         lengths, columns = home.ids([part.length for part in single]).view(-1, 1), home.ids(list(range(longest)))
         seen = columns < lengths
@@ -181,7 +185,17 @@ class Loader:
         return self.full(name) in self.tensors.names
 
     def take(self, name: str) -> torch.Tensor:
-        return self.tensors.take(self.full(name)).detach().to(self.device)
+        """UserError when its size is not what config.json says: the arithmetic would read beyond it."""
+        if not self.has(name):
+            raise UserError(f"{name} is missing in this checkpoint: fetch it again, or name another model.")
+        found = self.tensors.take(self.full(name)).detach()
+        size = self.shape.size_of(name)
+        if tuple(found.shape) != size:
+            raise UserError(
+                f"{name} is {tuple(found.shape)} in this checkpoint, and {size} by its config.json: fetch it again, or "
+                "name another model."
+            )
+        return found.to(self.device)
 
     def table(self, name: str) -> torch.Tensor:
         return self.take(name + ".weight").to(self.dtype)

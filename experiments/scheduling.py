@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 from engine import load as engine_load
@@ -58,11 +59,15 @@ class SchedulingConfig(Config, EngineConfig):
         return sorted(listed(self.running, "--running"))
 
 
-def long_prompt_load(config: SchedulingConfig, encode: Any) -> Load:
-    """Chats that are being answered; after a quarter of a second a long prompt, last in the list."""
-    prompts = [exact(encode, 24, i) for i in range(config.chats)] + [exact(encode, config.long_prompt, 99)]
-    answers = [config.max_new_tokens] * config.chats + [4]
-    return Load(prompts, answers, [0.0] * config.chats + [0.25])
+def long_prompt_load(config: SchedulingConfig, loaded: Loaded, encode: Any) -> Load:
+    """Chats that are being answered; in the middle of that, however long it lasts here, a long prompt: the last one."""
+    chats = [exact(encode, 24, i) for i in range(config.chats)]
+    answers = [config.max_new_tokens] * config.chats
+    alone = OurEngine(partial(loaded.new_engine, max_running=config.chats), "chats alone")
+    load = Load(chats, answers, [0.0] * config.chats)
+    alone.run(load)  # warms up
+    middle_s = median(min(moments) / 2 + max(moments) / 2 for moments in alone.run(load)["token_s"])
+    return Load([*chats, exact(encode, config.long_prompt, 99)], [*answers, 4], [*load.dues_s, middle_s])
 
 
 def burst_load(config: SchedulingConfig, encode: Any) -> Load:
@@ -72,7 +77,7 @@ def burst_load(config: SchedulingConfig, encode: Any) -> Load:
 
 def cells(config: SchedulingConfig, loaded: Loaded, encode: Any) -> dict[str, tuple[OurEngine, Load]]:
     """Name -> the engine's settings and the load."""
-    long, burst = long_prompt_load(config, encode), burst_load(config, encode)
+    long, burst = long_prompt_load(config, loaded, encode), burst_load(config, encode)
     found = {
         f"budget {budget}": (partial(loaded.new_engine, max_tokens=budget, max_running=config.chats + 1), long)
         for budget in config.budget_list

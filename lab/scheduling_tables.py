@@ -24,6 +24,12 @@ def chat_gaps_s(trial: Trial) -> list[float]:
     return [after - before for tokens in trial["token_s"][:-1] for before, after in pairwise(tokens)]
 
 
+def disturbed(trial: Trial) -> bool:
+    """Whether some chat was in the middle of its answer while the long prompt was computed."""
+    start, end = trial["timelines"][-1]["slices"][0][0], trial["timelines"][-1]["slices"][-1][1]
+    return any(tokens[0] < start and tokens[-1] >= end for tokens in trial["token_s"][:-1])
+
+
 def worst_gap_s(trial: Trial) -> float:
     return max(chat_gaps_s(trial))
 
@@ -108,6 +114,11 @@ def sentences(record: Record) -> list[str]:
 
 def about_budgets(record: Record) -> list[str]:
     said, found = [], ways(record)
+    if not all(map(disturbed, found[WHOLE])):
+        return [
+            "The chats had ended before the long prompt was computed, so it kept nobody waiting: no verdict on "
+            "budgets. Raise --max-new-tokens."
+        ]
     whole = median(map(worst_gap_s, found[WHOLE]))
     usual = median(pooled(found[WHOLE], chat_gaps_s))
     said.append(

@@ -113,7 +113,8 @@ def test_streamed_and_offline_answers_are_the_same():
     asked, offline, streamed = prompts(6), engine(), engine()
     whole = offline.generate(asked, Sampling(max_new_tokens=9))
     handles = [streamed.submit(prompt, Sampling(max_new_tokens=9)) for prompt in asked]
-    assert [[piece.choice.token for piece in handle] for handle in handles] == [answer.tokens for answer in whole]
+    told = [[choice.token for piece in handle for choice in piece.choices] for handle in handles]
+    assert told == [answer.tokens for answer in whole]
 
 
 def test_n_answers_wait_for_the_first_and_find_its_prompt():
@@ -348,3 +349,88 @@ def test_a_long_queue_does_not_slow_a_step():
     made.scheduler.waiting = Watched(waiting)
     for _ in range(10):
         made.step()
+
+
+# ---- what a careless asker may do
+
+
+@pytest.mark.parametrize("prompt", [[1.5] * 20, ["a"], [None, 1], 7], ids=str)
+def test_a_prompt_that_is_no_list_of_ids_is_refused_and_holds_up_nobody(prompt):
+    made = engine()
+    with pytest.raises(Refusal, match="whole numbers"):
+        made.submit(prompt)
+    with pytest.raises(Refusal, match="salt"):
+        made.submit([1], salt=None)
+    assert made.submit([1, 2], Sampling(max_new_tokens=3)).result().tokens == alone([1, 2], 3)
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [{"max_new_tokens": 2.5}, {"top_k": 1.5}, {"seed": 0.5}, {"seed": -1}, {"logprobs": 1.5}, {"stop": "END"}],
+    ids=str,
+)
+def test_wishes_that_are_no_whole_numbers_or_no_list_are_refused(wishes):
+    with pytest.raises(Refusal):
+        Sampling(**wishes)
+
+
+def test_many_prompts_are_queued_all_or_none():
+    made = engine()
+    with pytest.raises(Refusal, match="empty"):
+        made.generate([[1], [2], []], Sampling())
+    assert not made.step() and made.stats()["requests"] == 0
+
+
+def test_nobody_asks_for_no_answers():
+    with pytest.raises(Refusal, match="at least 1"):
+        engine().submit_many([1], Sampling(), 0)
+
+
+def test_reading_a_failed_answer_raises_its_error_after_its_text():
+    made, seen = engine(FakeRunner({3: RuntimeError("forward")})), []
+    with pytest.raises(StepFailed, match="forward"):
+        for piece in made.submit([1, 2], Sampling(max_new_tokens=8)):
+            seen += piece.choices
+    assert [choice.token for choice in seen] == alone([1, 2], 2)
+
+
+def test_what_was_held_back_comes_when_an_answer_is_cancelled():
+    made = engine(decode=lambda ids: "E" * len(ids))
+    answer, shown = made.submit([1, 2], Sampling(max_new_tokens=40, stop=("E" * 30 + "!",))), ""
+    for piece in answer:
+        shown += piece.text
+        if len(answer.choices) == 5:
+            answer.cancel()
+    assert shown == answer.text == "E" * 5
+
+
+def test_a_listener_hears_the_end_though_the_tokenizer_failed():
+    def decode(ids):
+        if len(ids) > 1:
+            raise UnicodeError("no such token")
+        return "x"
+
+    heard = []
+    made = engine(decode=decode)
+    answer = made.submit([1, 2], Sampling(max_new_tokens=8, stop=("y",)), listener=lambda _, c: heard.append(c))
+    while made.step():
+        pass
+    assert heard[-1] is None and heard.count(None) == 1
+    assert isinstance(answer.request.error, UnicodeError) and answer.request.finish_reason == "error"
+    assert made.stats()["wasted"] == made.stats()["computed"]
+
+
+def test_an_interruption_while_tokens_are_handed_over_loses_nobody():
+    """Ctrl-C in a notebook: the next step goes on where this one stopped."""
+    made, interrupts = engine(), [KeyboardInterrupt()]
+
+    def listener(*_):
+        if interrupts:
+            raise interrupts.pop()
+
+    first = made.submit([1, 2], Sampling(max_new_tokens=6), listener=listener)
+    second = made.submit([3, 4], Sampling(max_new_tokens=6))
+    with pytest.raises(KeyboardInterrupt):
+        made.step()
+    assert (first.result().tokens, second.result().tokens) == (alone([1, 2], 6), alone([3, 4], 6))
+    made.scheduler.check()

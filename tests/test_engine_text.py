@@ -94,3 +94,46 @@ def test_the_embedded_tokenizer_too(seed):
     pieces = [added(text, token) for token in ids]
     text.end()
     assert "".join(pieces) + text.take() == text.text == tokenizer.decode(ids)
+
+
+# ---- tokenizers with a token for each byte of what they have no token for (Llama 2, Mistral 0.1)
+
+
+def byte_fallback():
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {letter: 256 + i for i, letter in enumerate("Gre, !")}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return made
+
+
+@given(st.text("Gre, !ü你🙂ß", max_size=60))
+def test_characters_that_come_byte_by_byte_are_whole(written):
+    """Their decoder shows a whole character that stands beside an unfinished one as unfinished too."""
+    made = byte_fallback()
+    text, pieces = Text(lambda ids: made.decode(list(ids))), []
+    for token in made.encode(written).ids:
+        pieces.append(added(text, token))
+    text.end()
+    assert "".join([*pieces, text.take()]) == text.text == written
+
+
+def test_a_reader_in_another_thread_never_sees_a_stop_string():
+    """Between two instructions of the writer, whichever they are."""
+    import sys
+    import threading
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(100):
+            text, shown = Text(decode, ("END",)), []
+            writer = threading.Thread(target=lambda text=text: [text.add(byte) for byte in b"xxxENDEN"])
+            writer.start()
+            while writer.is_alive():
+                shown.append(text.take())
+            text.end()
+            assert "".join([*shown, text.take()]) == "xxx"
+    finally:
+        sys.setswitchinterval(before)

@@ -174,3 +174,73 @@ def test_the_embedded_model_answers_as_transformers_does():
     for prompt, answer in zip(asked, answers, strict=True):
         rows = transformers_generate(model, torch.tensor([prompt]), max_new_tokens=16, eos_ids=model.eos_ids)
         assert answer.tokens == rows[0].tolist()
+
+
+# ---- numbers that are none
+
+
+@pytest.mark.parametrize("body", ["PyTorch", "native.c"])
+def test_a_request_whose_numbers_are_nan_spoils_neither_its_neighbour_nor_its_heirs(body):
+    """Its blocks go to the next one, and what lies in the rest of a block is multiplied by zero: NaN would stay NaN."""
+    model = Model(net_of(CONFIGS["llama"]), Place(torch.device("cpu"), torch.float32, "test"), "sdpa", "llama", "test",
+                  "0", False, frozenset())  # fmt: skip
+    wish, good = Sampling(max_new_tokens=3), [4, 5, 6]
+    expected = transformers_generate(model, torch.tensor([good]), max_new_tokens=3)[0].tolist()
+    with torch.no_grad():
+        model.net.get_input_embeddings().weight[13] = torch.nan
+    made = engine_of(model, body, blocks=4, reuse=False)
+    bad, neighbour = made.generate([[13] * 20, good], wish)
+    assert isinstance(bad.request.error, BadLogits)
+    assert neighbour.tokens == expected
+    for _ in range(4):
+        assert made.submit(good, wish).result().tokens == expected
+
+
+def test_too_little_memory_in_transformers_own_forward_fails_one_request_and_changes_nobodys_tokens():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    net, calls = GPTNeoXForCausalLM(config).eval(), []
+    model = Model(
+        net, Place(torch.device("cpu"), torch.float32, "test"), "sdpa", "neox", "test", "0", False, frozenset()
+    )
+
+    def some():
+        made = engine_of(model, "transformers")
+        return made.generate([[1, 2, 3], [4, 5], [6]], Sampling(max_new_tokens=6))
+
+    wanted, forward = [answer.tokens for answer in some()], net.forward
+
+    def small_memory(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(*arguments, **more)
+
+    net.forward = small_memory
+    first, second, third = some()
+    assert isinstance(second.request.error, MemoryError)
+    assert [first.tokens, third.tokens] == [wanted[0], wanted[2]]
+
+
+@pytest.mark.parametrize("native", ["off", "wait"])
+def test_tensors_that_disagree_with_the_config_are_a_sentence(checkpoint_folder, tmp_path, native):
+    import json
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 5000}))
+    with pytest.raises(UserError, match=r"by its config\.json"):
+        load(EngineConfig(model=str(folder), native=native, kv_memory=0.01))
+
+
+def test_the_card_says_how_keys_and_values_are_really_kept(checkpoint_folder):
+    """PyTorch's float16 products on a CPU take float32 in between: the budget is counted in that."""
+    for native, kept in (("wait", "float16"), ("off", "float32")):
+        about = load(EngineConfig(model=str(checkpoint_folder), dtype="float16", native=native, kv_memory=0.01)).about
+        assert about["cache"] == kept
+        assert about["kv_blocks"] * 16 * about["kv_bytes_per_token"] <= 0.01e9

@@ -38,7 +38,8 @@ class Fake:
             for i in range(part.start, part.start + part.count):
                 self.memory[self.place(part.request, i)] = self.content(part.request, i)
         caught_up = [part.request for part in slices if part.last]
-        self.scheduler.computed(slices)
+        for part in slices:
+            self.scheduler.computed(part)
         for request in caught_up:
             request.tokens.append(sum(request.tokens) % 5)
             if len(request.answer) == request.sampling.max_new_tokens:

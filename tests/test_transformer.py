@@ -178,9 +178,19 @@ def test_what_is_not_supported_is_named(change):
         shape_of(config)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama 3 positions", "qwen3"])
+def test_angles_are_those_of_transformers_to_the_last_bit_but_one(name):
+    """At position 30,000 a difference in the last bits of an angle is one of 30,000 times that."""
+    config = CONFIGS[name]
+    net = net_of(config)
+    theirs = net.model.rotary_emb.inv_freq
+    torch.testing.assert_close(torch.tensor(shape_of(config.to_dict()).rope), theirs, rtol=1.3e-7, atol=0)
+    assert theirs.dtype == torch.float32
+
+
 def test_rope_scaled_linearly_turns_slower():
     plain, scaled = (rope_angles({"rope_theta": 1e4, **more}, 8) for more in ({}, {"type": "linear", "factor": 4.0}))
-    assert scaled == tuple(angle / 4 for angle in plain)
+    assert scaled == tuple(angle / 4 for angle in plain)  # a power of two: exactly
 
 
 def test_a_folder_gives_the_same_logits_as_the_network_in_memory(checkpoint_folder):
