@@ -29,9 +29,7 @@ class Text:
     def add(self, token: int) -> None:
         self.window.append(token)
         decoded = self.decode(self.window)
-        if decoded.endswith(
-            UNFINISHED
-        ):  # nothing is certain: some decoders then show whole characters before it so too
+        if decoded.endswith(UNFINISHED):  # some decoders then show whole characters before it so too: wait
             return
         self.extend(decoded[self.taken :])
         self.taken = len(decoded)
@@ -47,7 +45,7 @@ class Text:
 
     def end(self) -> None:
         """No token comes any more: what was held back is certain now."""
-        if self.stopped_by is None and not self.ended:
+        if not self.ended:
             self.extend(self.decode(self.window)[self.taken :])
         self.ended = True
 
@@ -61,7 +59,9 @@ class Text:
         return new
 
     def extend(self, new: str) -> None:
-        """Append to the text, and cut it where the first stop string begins."""
+        """Append to the text, and cut it where the first stop string begins. Nothing comes after that."""
+        if self.stopped_by is not None:
+            return
         text, searched = self.text + new, max(len(self.text) - self.longest_stop + 1, 0)
         found = [(text.find(stop, searched), stop) for stop in self.stop]
         places = [(place, stop) for place, stop in found if place >= 0]
