@@ -24,6 +24,7 @@ from benchmarks.claim import Claim, rounds
 from benchmarks.engine_speed import OFFLINE, OFFLINE_NEW, offline_prompts
 from config import ROOT, PromptConfig, UserError
 from engine import load as engine_load
+from engine import native
 from engine.load import EngineConfig
 from engine.request import Sampling
 from lab.console import progress, warn
@@ -94,7 +95,16 @@ def commands(config: PromptConfig, threads: int) -> dict[str, list[str | Path]]:
     if str(gguf).endswith(".gguf"):
         found |= {f"llama.cpp, {gguf.stem.rpartition('.')[2]}": [*llama, gguf, str(threads)],
                   "llama.cpp, float32": [*llama, gguf, str(threads), "f32"]}  # fmt: skip
-    return found | {"vLLM, bfloat16": [*vllm, "bfloat16"], "vLLM, float32": [*vllm, "float32"]}
+    return found | {f"vLLM, {form}": [*vllm, form] for form in ("bfloat16", "float32")}
+
+
+def cannot(name: str, command: Sequence[str | Path]) -> str | None:
+    """Why a peer is left out, or None."""
+    if not Path(command[0]).exists():
+        return "not installed: make peers"
+    if name.endswith("bfloat16") and not {"avx512_bf16", "amx_bf16"} & set(native.cpu_flags().split()):
+        return "this processor has no bfloat16 products: they would be imitated, ten times slower"
+    return None
 
 
 def claims(config: PromptConfig) -> list[Claim]:
@@ -114,8 +124,8 @@ def claims(config: PromptConfig) -> list[Claim]:
     missing: list[Claim] = []
     try:
         for name, command in commands(config, torch.get_num_threads()).items():
-            if not Path(command[0]).exists():
-                missing.append(left_out(name, "not installed: make peers"))
+            if why := cannot(name, command):
+                missing.append(left_out(name, why))
                 continue
             warn(f"starting {name} ...")
             try:

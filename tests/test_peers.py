@@ -66,6 +66,15 @@ def test_what_is_not_installed_is_said_and_fails_nothing(monkeypatch, tmp_path):
     assert all(claim.word == "left out" and "make peers" in claim.measured for claim in found)
 
 
+def test_a_format_that_the_processor_lacks_is_left_out(monkeypatch):
+    here = [sys.executable]
+    monkeypatch.setattr(engine_peers.native, "cpu_flags", lambda: "flags : avx2 fma")
+    assert "no bfloat16" in engine_peers.cannot("vLLM, bfloat16", here)
+    assert engine_peers.cannot("vLLM, float32", here) is None
+    monkeypatch.setattr(engine_peers.native, "cpu_flags", lambda: "flags : avx2 avx512_bf16")
+    assert engine_peers.cannot("vLLM, bfloat16", here) is None
+
+
 def test_equal_texts_are_counted_for_each_and_slower_is_said():
     def sleeper(per_token_s: float, token: int):
         def ask(prompts, new):

