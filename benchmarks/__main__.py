@@ -1,6 +1,6 @@
 """Measure every claim of the README on this machine, one after the other, and print what was found.
 
-make bench                                     # all of them, about half an hour on two cores
+make bench                                     # all of them, about an hour on two cores
 python3 -m benchmarks --only decode_loop       # one of them
 python3 -m benchmarks --model random:distilgpt2
 """

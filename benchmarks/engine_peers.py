@@ -103,7 +103,7 @@ def cannot(name: str, command: Sequence[str | Path]) -> str | None:
     if not Path(command[0]).exists():
         return "not installed: make peers"
     if name.endswith("bfloat16") and not {"avx512_bf16", "amx_bf16"} & set(native.cpu_flags().split()):
-        return "this processor has no bfloat16 products: they would be imitated, ten times slower"
+        return "this processor has no bfloat16 products: they would be imitated, and slower than float32"
     return None
 
 
