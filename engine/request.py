@@ -83,7 +83,7 @@ class BadLogits(ArithmeticError):
     """The network gave no usable numbers for a request."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Choice:
     """The chosen token; with logprobs asked for, its own log probability and the likeliest tokens with theirs.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engine.scheduler import Slice
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     """One request's share: `count` rows from row `first`; after it, `length` of its tokens lie in these blocks."""
 

@@ -19,12 +19,12 @@ def needed_bytes(model: Any, cell: Cell, tokens: int) -> int:
 
     The cache (twice while it is copied), the wide activations of a pass over the whole prompt (twice what is in use at
     once: an allocator holds more than is asked of it, by chance up to so much), and with plain matrix products the
-    score of every pair of tokens, before and after the softmax.
+    score of every pair of tokens: before the softmax, inside it, and after.
     """
     _, heads, _, head_dim = model.heads
     size = model.place.dtype.itemsize
     activations = tokens * heads * head_dim * 48 * size
-    scores = 2 * heads * tokens * tokens * 4 if cell.attention == "eager" else 0
+    scores = 3 * heads * tokens * tokens * 4 if cell.attention == "eager" else 0
     return 2 * tokens * model.kv_bytes_per_token() + activations + scores
 
 

@@ -1,6 +1,8 @@
 """Day 3: the same tokens with every kind of cache, exact bytes, figures worked out by hand, and the script."""
 
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,10 +137,11 @@ def test_probes_that_would_take_too_much_are_left_out(monkeypatch, any_model):
     assert kv_probes.growth(read, ids_tensor([prompt_of(50)]), kv_cache_bytes, CPU) is None
 
 
-@LINUX_ONLY
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_estimate_is_not_below_what_a_prefill_takes(attention):
-    """1,500 tokens of 256 numbers: large enough to stand out of the process's own memory."""
+ESTIMATED = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from test_kv import *
+for attention in ("sdpa", "eager"):
     model = tiny_model("llama", hidden_size=256, intermediate_size=1024, max_position_embeddings=2048)
     model.net.set_attn_implementation(attention)
     ids = ids_tensor([prompt_of(1500)])
@@ -146,8 +149,19 @@ def test_the_estimate_is_not_below_what_a_prefill_takes(attention):
     kv_probes.trim()
     with kv_probes.Peak(CPU) as peak:
         prefill(model, ids)
-    assert peak.above > 10**7
-    assert kv_ledger.needed_bytes(model, Cell(1500, "dynamic", attention), 1500) > 0.8 * peak.above
+    print(peak.above, kv_ledger.needed_bytes(model, Cell(1500, "dynamic", attention), 1500))
+"""
+
+
+@LINUX_ONLY
+def test_the_estimate_is_not_below_what_a_prefill_takes():
+    """1,500 tokens of 256 numbers stand out. In a process of its own: a long life leaves holes in memory."""
+    folders = (str(Path(__file__).parent), str(Path(__file__).parents[1]))
+    done = subprocess.run([sys.executable, "-c", ESTIMATED, *folders], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        above, estimated = map(int, line.split())
+        assert above > 10**7
+        assert estimated > 0.8 * above
 
 
 def test_shares_are_of_the_operators_own_time():
