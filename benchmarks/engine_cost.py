@@ -13,9 +13,10 @@ from typing import Any
 from benchmarks.claim import Claim
 from config import ROOT, PromptConfig
 from engine import load as engine_load
-from engine.load import EngineConfig, Loaded
+from engine.load import Loaded
 from engine.native import NativeTransformer
 from engine.request import Sampling
+from engine.settings import EngineConfig
 from lab.prompts import exact
 from lab.verdict import interleaved, verdict
 from tokenizer import Codec, load_tokenizer
@@ -23,7 +24,8 @@ from weights.find import find
 
 ENGINE = """
 import json, sys, time
-from engine.load import EngineConfig, load
+from engine.load import load
+from engine.settings import EngineConfig
 from engine.request import Sampling
 from lab.kv_probes import status_bytes
 engine = load(EngineConfig(model=sys.argv[1])).engine

@@ -25,8 +25,8 @@ from benchmarks.engine_speed import OFFLINE, OFFLINE_NEW, offline_prompts
 from config import ROOT, PromptConfig, UserError
 from engine import load as engine_load
 from engine import native
-from engine.load import EngineConfig
 from engine.request import Sampling
+from engine.settings import EngineConfig
 from lab.console import progress, warn
 from lab.prompts import exact
 from lab.verdict import interleaved, verdict

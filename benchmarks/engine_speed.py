@@ -16,7 +16,8 @@ from statistics import mean, median
 from benchmarks.claim import Claim, rounds
 from config import PromptConfig
 from engine import load as engine_load
-from engine.load import EngineConfig, Loaded
+from engine.load import Loaded
+from engine.settings import EngineConfig
 from experiments.ways import Load, OneByOne, OurEngine
 from lab.ceilings import Ceilings, Probe, gemm_rate
 from lab.console import progress

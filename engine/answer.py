@@ -97,6 +97,12 @@ class Answer:
         if not self.engine.step() and not self.done:
             raise RuntimeError(f"request {self.request.number} waits, and the engine has nothing to do")
 
+    def moved_to(self, engine: Driver) -> None:
+        """Another engine goes on with it."""
+        self.engine = engine
+        for follower in self.followers:
+            follower.engine = engine
+
     def cancel(self) -> None:
         """Stop it before the next step, wherever it stands. From any thread; nothing happens when it is done."""
         self.engine.inbox.append(("cancel", self))

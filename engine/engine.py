@@ -64,7 +64,9 @@ class Engine:
         self.answers: dict[Request, Answer] = {}
         self.numbers = itertools.count()
         self.steps: deque[StepTimes] = deque(maxlen=STEPS_KEPT)
-        self.counts = dict.fromkeys(("steps", "requests", "computed", "delivered", "wasted", "reused"), 0)
+        self.counts = dict.fromkeys(
+            ("steps", "requests", "computed", "delivered", "wasted", "reused", "failed_steps"), 0
+        )
 
     # ---- asking
 
@@ -86,13 +88,36 @@ class Engine:
 
         The others are queued when the first has computed the prompt: they find it in the prefix cache.
         """
+        answers = self.prepared_many(prompt, sampling, n, **more)
+        self.queue(answers)
+        return answers
+
+    def prepared_many(self, prompt: Sequence[int], sampling: Sampling, n: int, **more: Any) -> list[Answer]:
+        """The same, not queued yet."""
         if n < 1:
             raise Refusal(f"n must be at least 1, and is {n}.")
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(n)]
         first, *others = [self.prepared(prompt, replace(sampling, seed=seed), **more) for seed in seeds]
         first.followers = others
-        self.inbox.append(("submit", first))
         return [first, *others]
+
+    def queue(self, answers: Sequence[Answer]) -> None:
+        """What was prepared together: the first now, the others follow it."""
+        self.inbox.append(("submit", answers[0]))
+
+    def hand_over_to(self, other: "Engine") -> None:
+        """Give all that is unfinished to another engine on the same network, in the order in which it would have run.
+
+        Tokens that are known stay known; their keys and values are computed again. This engine is not used any more.
+        """
+        unfinished = [self.answers[request] for request in (*self.scheduler.running, *self.scheduler.waiting)]
+        for answer in unfinished:
+            answer.request.restart()
+            other.inbox.append(("submit", answer))
+        while self.inbox:
+            other.inbox.append(self.inbox.popleft())
+        for answer in (answer for _, answer in other.inbox):
+            answer.moved_to(other)
 
     def prepared(
         self, prompt: Sequence[int], sampling: Sampling, salt: str = "",
@@ -184,6 +209,7 @@ class Engine:
             half = len(slices) // 2
             return self.attempt(slices[:half]) + self.attempt(slices[half:])
         except Exception as error:
+            self.counts["failed_steps"] += 1
             return failed(slices, error)
 
     def attempt(self, slices: list[Slice]) -> list[Choice | Exception | None]:
@@ -197,7 +223,7 @@ class Engine:
         for part, result in zip(slices, results, strict=True):
             request, answer = part.request, self.answers[part.request]
             request.spent += part.count
-            request.timeline.slices.append((start, now, part.count))
+            request.timeline.slices.append((start, now, part.count, len(slices)))
             if isinstance(result, Exception):
                 request.error = result
                 self.finish(answer, "error", now)

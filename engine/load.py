@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from config import ModelConfig, UserError, knob
+from config import UserError
 from engine import native
 from engine.engine import Engine
 from engine.kv_blocks import BLOCK, Blocks
 from engine.linear import fastest
 from engine.runner import TorchRunner, TransformersRunner
 from engine.scheduler import Scheduler
+from engine.settings import EngineConfig
 from engine.shape import Shape, Unsupported, shape_of
 from engine.transformer import Transformer
 from weights import random_init
@@ -24,24 +25,6 @@ from weights.tensors import Tensors, read
 
 SHARE_OF_FREE = 0.25
 UNLIMITED = 1 << 20  # the context to reckon with where an architecture names none: memory sets the limit
-
-
-@dataclass(frozen=True)
-class EngineConfig(ModelConfig):
-    """How many requests share how much. vLLM's names for the same: max_num_seqs, max_num_batched_tokens."""
-
-    max_running: int = knob(32, "requests that hold memory at once (max_num_seqs)", least=1)
-    max_tokens: int = knob(512, "tokens computed in one step, at most (max_num_batched_tokens)", least=1)
-    kv_memory: float = knob(
-        0.0, "GB for keys and values; 0 = what max_running contexts need, at most a quarter of what is free", least=0
-    )
-    whole_prompts: bool = knob(False, "compute each prompt in one step, never in pieces (no chunked prefill)")
-    no_prefix_cache: bool = knob(False, "never share the keys and values of a common beginning")
-    native: str = knob(
-        "auto",
-        "the C forward pass: if it is compiled, else compile it meanwhile for the next start; or wait for that; or off",
-        choices=("auto", "wait", "off"),
-    )
 
 
 @dataclass(frozen=True)
@@ -58,15 +41,17 @@ class Loaded:
         return self.new_engine()
 
 
-def load(config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = None) -> Loaded:
-    """Find, read and place the model. UserError: it cannot be had, or does not fit."""
+def load(
+    config: EngineConfig, decode: Callable[[Sequence[int]], str] | None = None, checkpoint: Checkpoint | None = None
+) -> Loaded:
+    """Find (unless it is found already), read and place the model. UserError: it cannot be had, or does not fit."""
     set_threads(config.threads)
     if config.max_tokens < config.max_running:
         raise UserError(
             f"--max-tokens {config.max_tokens} is less than --max-running {config.max_running}: each running request "
             "needs a token per step."
         )
-    checkpoint, place = find(config.model), resolve(config)
+    checkpoint, place = checkpoint or find(config.model), resolve(config)
     tensors = read(checkpoint, config.seed)
     try:
         shape = shape_of(tensors.config)

@@ -107,11 +107,13 @@ class Status(Enum):
 
 @dataclass
 class Timeline:
-    """When things happened, in seconds of the engine's clock. slices: (start, end, tokens computed) of every step."""
+    """When things happened, in seconds of the engine's clock. slices: of every step that
+    it took part in, start, end, its tokens that were computed, and how many requests shared the step.
+    """
 
     arrived: float
     admitted: float | None = None
-    slices: list[tuple[float, float, int]] = field(default_factory=list)
+    slices: list[tuple[float, float, int, int]] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
     finished: float | None = None
 
@@ -139,6 +141,12 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+
+    def restart(self) -> None:
+        """Nothing of it is computed any more; what is known stays."""
+        self.computed = self.published = 0
+        self.blocks.clear()
+        self.status = Status.WAITING
 
     @property
     def missing(self) -> int:

@@ -54,6 +54,8 @@ class Sampler:
         """The request's next uniform number, from 0 to below 1."""
         if request not in self.dice:
             self.dice[request] = random.Random(request.sampling.seed)
+            for _ in request.answer:  # drawn before it came to this engine
+                self.dice[request].random()
         return self.dice[request].random()
 
     def forget(self, request: Request) -> None:

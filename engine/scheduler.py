@@ -109,7 +109,7 @@ class Scheduler:
         """Take its memory and put it first in the queue. It will compute all its tokens again."""
         self.running.remove(request)
         self.blocks.release(request)
-        request.computed, request.status = 0, Status.WAITING
+        request.restart()
         request.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(request)

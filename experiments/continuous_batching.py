@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine import load as engine_load
-from engine.load import EngineConfig
 from engine.native import EXACT
+from engine.settings import EngineConfig
 from experiments.endpoint import Endpoint
 from experiments.ways import Load, OneByOne, OurEngine, StaticBatches, TransformersContinuous, Way
 from lab import console, records, serving_plots, serving_tables

@@ -22,7 +22,8 @@ from statistics import median
 from typing import Any
 
 from engine import load as engine_load
-from engine.load import EngineConfig, Loaded
+from engine.load import Loaded
+from engine.settings import EngineConfig
 from experiments.continuous_batching import engine_table, not_native
 from experiments.ways import Load, OurEngine
 from lab import console, records, scheduling_tables

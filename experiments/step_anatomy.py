@@ -22,8 +22,9 @@ import torch
 
 from engine import load as engine_load
 from engine.kv_blocks import BLOCK
-from engine.load import EngineConfig, Loaded
+from engine.load import Loaded
 from engine.native import PHASES, NativeTransformer
+from engine.settings import EngineConfig
 from engine.shape import Shape
 from engine.step import Part, Step
 from experiments.continuous_batching import engine_table

@@ -266,7 +266,7 @@ def timeline(answer: Answer, zero: float) -> dict[str, Any]:
     return {
         "arrived_s": round(line.arrived - zero, 6),
         "admitted_s": round(line.admitted - zero, 6),
-        "slices": [[round(start - zero, 6), round(end - zero, 6), count] for start, end, count in line.slices],
+        "slices": [[round(start - zero, 6), round(end - zero, 6), count] for start, end, count, _ in line.slices],
         "finished_s": round(line.finished - zero, 6),
         "preemptions": answer.request.preemptions,
     }

@@ -314,9 +314,9 @@ def test_every_moment_of_a_request_is_accounted_for():
         assert line.arrived < line.admitted <= line.slices[0][0]
         assert line.finished == line.slices[-1][1] == line.tokens[-1]
         assert all(before[1] <= after[0] for before, after in pairwise(line.slices))
-        assert sum(count for *_, count in line.slices) == answer.request.spent
+        assert sum(count for _, _, count, _ in line.slices) == answer.request.spent
         assert len(line.tokens) == 5
-        assert set(line.tokens) <= {end for _, end, _ in line.slices}
+        assert set(line.tokens) <= {end for _, end, *_ in line.slices}
     steps = list(made.steps)
     assert all(step.start < step.planned < step.computed < step.end for step in steps)
     assert sum(step.tokens for step in steps) == made.stats()["computed"]

@@ -10,10 +10,11 @@ from test_transformer import CONFIGS, net_of, network_of
 from config import UserError
 from engine.engine import Engine
 from engine.kv_blocks import Blocks
-from engine.load import EngineConfig, load
+from engine.load import load
 from engine.request import BadLogits, Sampling
 from engine.runner import TorchRunner, TransformersRunner
 from engine.scheduler import Scheduler
+from engine.settings import EngineConfig
 from model import Model, transformers_generate
 from weights.place import Place
 

@@ -27,7 +27,8 @@ from lab.serving_figures import (
 
 @pytest.fixture(scope="module")
 def parts(checkpoint_folder):
-    from engine.load import EngineConfig, load
+    from engine.load import load
+    from engine.settings import EngineConfig
     from model import load_pair
 
     config = EngineConfig(model=str(checkpoint_folder), kv_memory=0.01, dtype="float32", native="wait")

@@ -1,0 +1,104 @@
+"""What can be seen from outside: metrics for Prometheus, a line in the log for every request, the last lives in memory."""
+
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
+from prometheus_client.gc_collector import GCCollector
+
+from service.life import Life
+
+PREFIX = "llmserve"
+OUTCOMES = ("ok", "client_error", "rate_limited", "shed_queue", "shed_deadline", "shed_memory", "shed_drain", "timeout",
+            "cancelled", "engine_error")  # fmt: skip
+WASTES = ("disconnect", "deadline", "preempt", "engine_error")
+# As OpenTelemetry has them for time to the first token and for a whole request, with longer ones for CPUs.
+FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320)
+PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+WHOLE_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 160, 320)
+STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+LIVES_KEPT = 500
+
+
+class Metrics:
+    """All series of one service, in a registry of its own. No label holds what a client wrote."""
+
+    def __init__(self, info: Mapping[str, str]) -> None:
+        self.registry = registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"{PREFIX}_{name}", what, labels, registry=registry)
+
+        def gauge(name: str, what: str, *labels: str) -> Gauge:
+            return Gauge(f"{PREFIX}_{name}", what, labels, registry=registry)
+
+        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"{PREFIX}_{name}", what, buckets=buckets, registry=registry)
+
+        Info(f"{PREFIX}_build", "what runs here", registry=registry).info(dict(info))
+        self.requests = counter("requests", "requests by how they ended", "endpoint", "outcome")
+        self.whole = histogram("request_duration_seconds", "from a request's first byte to its answer's last", WHOLE_S)
+        self.first_token = histogram("time_to_first_token_seconds", "from arrival to the first token", FIRST_TOKEN_S)
+        self.per_token = histogram("time_per_output_token_seconds", "between tokens after the first, mean of an answer", PER_TOKEN_S)
+        self.queue = histogram("queue_time_seconds", "waiting for the first step", WHOLE_S)
+        self.prefill = histogram("prefill_time_seconds", "in steps, up to the first token", WHOLE_S)
+        self.decode = histogram("decode_time_seconds", "in steps, after the first token", WHOLE_S)
+        self.send_blocked = histogram("send_blocked_seconds", "waiting for the reader", WHOLE_S)
+        self.prompt_tokens = counter("prompt_tokens", "tokens of prompts", "cached")
+        self.generated_tokens = counter("generated_tokens", "new tokens")
+        self.wasted_tokens = counter("wasted_tokens", "computed for nobody", "reason")
+        self.running = gauge("requests_running", "answers that hold memory")
+        self.waiting = gauge("requests_waiting", "answers in the queue")
+        self.queued_tokens = gauge("queued_tokens", "what all requests in the house may add up to")
+        self.kv_usage = gauge("kv_cache_usage_ratio", "held blocks of all")
+        self.kv_blocks = gauge("kv_blocks_total", "blocks of keys and values")
+        self.kv_block_size = gauge("kv_block_size_tokens", "tokens of a block")
+        self.predicted_wait = gauge("admission_predicted_wait_seconds", "what a newcomer would wait")
+        self.prediction_error = histogram(
+            "admission_prediction_error_ratio", "|predicted - real| / real wait for the first token",
+            (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1, 2, 5),
+        )  # fmt: skip
+        self.step = histogram("engine_step_seconds", "a step of the engine", STEP_S)
+        self.progress = gauge("engine_last_progress_timestamp_seconds", "when the engine last ended a step")
+        self.restarts = counter("engine_restarts", "engines that were replaced", "reason")
+        self.retries = counter("client_retries", "requests that were sent again, by the client's own count")
+        self.loop_lag = histogram("event_loop_lag_seconds", "how late the event loop wakes up", STEP_S)
+        self.law = gauge("law_ok", "1 while the books agree", "law")
+        self.memory = gauge("device_memory_bytes", "memory in use", "kind")
+        self.utilisation = gauge("device_utilization_ratio", "how busy the device is")
+
+
+class RequestLog:
+    """One JSON line per request. A log that cannot be written is counted, and the service goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.lost = stream, 0
+
+    def write(self, event: str, **facts: Any) -> None:
+        line = {"ts": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z", "level": "info", "event": event} | facts
+        try:  # JSON escapes control characters: nobody can begin a line of his own
+            self.stream.write(json.dumps(line, ensure_ascii=True, default=str) + "\n")
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.lost += 1
+
+
+class Lives:
+    """The last lives, by request id: enough to explain a slow request, and no text."""
+
+    def __init__(self, keep: int = LIVES_KEPT) -> None:
+        self.keep, self.kept = keep, OrderedDict()
+
+    def add(self, life: Life, facts: Mapping[str, Any]) -> None:
+        self.kept[life.id] = dict(facts)
+        while len(self.kept) > self.keep:
+            self.kept.popitem(last=False)
+
+    def get(self, request_id: str) -> dict[str, Any] | None:
+        return self.kept.get(request_id)

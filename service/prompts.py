@@ -1,0 +1,146 @@
+"""Messages to token ids, on threads of their own: the event loop goes on while a long text is tokenised.
+
+What a client writes is text, never control: special tokens in it (<|im_end|> and the like) are encoded letter by letter,
+so that nobody can end his own message and begin the system's.
+"""
+
+import asyncio
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from config import UserError
+from service.errors import invalid
+from service.schemas import ChatRequest, CompletionRequest
+
+THREADS = 2
+BYTES_PER_TOKEN = 4.0  # of ordinary text; only for the estimate before tokenising
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")  # that templates may ask for
+
+
+class Prompts:
+    """The tokenizer and the chat template that lie in a checkpoint's folder, without loading transformers for them."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(
+                f"{folder} holds no tokenizer.json that can be read ({error}): the service needs one beside the weights."
+            ) from error
+        self.literal = tokenizers.Tokenizer.from_str(self.core.to_str())
+        self.literal.encode_special_tokens = True
+        special = [token.content for token in self.core.get_added_tokens_decoder().values() if token.special]
+        self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
+        self.longest = max(map(len, self.core.get_vocab()), default=1)  # of a token, about in bytes
+        settings = read_json(folder / "tokenizer_config.json")
+        self.names = {name: text_of(settings.get(name)) for name in NAMED}
+        self.template = compiled(template_text(folder, settings))
+        self.pool = ThreadPoolExecutor(THREADS, "tokenize")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.core.decode(ids, skip_special_tokens=True)
+
+    def estimate(self, asked: ChatRequest | CompletionRequest) -> int:
+        """Tokens of the prompt, before anybody has counted them."""
+        if isinstance(asked, CompletionRequest) and not isinstance(asked.prompt, str):
+            return len(asked.prompt)
+        return int(sum(len(text.encode()) for text in asked.texts) / BYTES_PER_TOKEN) + 8
+
+    async def ids(self, asked: ChatRequest | CompletionRequest) -> list[int]:
+        """ApiError 400 when the template does not take these messages."""
+        if isinstance(asked, CompletionRequest) and not isinstance(asked.prompt, str):
+            return list(asked.prompt)
+        return await asyncio.get_running_loop().run_in_executor(self.pool, self.encode, asked)
+
+    def encode(self, asked: ChatRequest | CompletionRequest) -> list[int]:
+        typed = Typed(self.special)
+        if isinstance(asked, CompletionRequest):
+            return self.joined(typed.taken_out(asked.prompt), typed, add_special=True)
+        roles = {"developer": "system"}
+        messages = [
+            {"role": roles.get(message.role, message.role), "content": typed.taken_out(message.text)}
+            for message in asked.messages
+        ]
+        return self.joined(self.rendered(messages), typed)
+
+    def rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        if self.template is None:
+            raise invalid("This model has no chat template: use /v1/completions.", "messages", "unsupported_parameter")
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, tools=None, **self.names)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise invalid(f"The model's chat template does not take these messages: {str(error)[:300]}.", "messages") from error
+
+    def joined(self, text: str, typed: "Typed", add_special: bool = False) -> list[int]:
+        """The ids of a text, with what was taken out encoded as the letters that it is."""
+        pieces = typed.split(text)
+        ids = self.encoded(self.core, pieces[0], add_special)
+        for number, rest in zip(pieces[1::2], pieces[2::2], strict=True):
+            ids += self.encoded(self.literal, typed.found[int(number)])
+            ids += self.encoded(self.core, rest)
+        return ids
+
+    def encoded(self, core: tokenizers.Tokenizer, text: str, add_special: bool = False) -> list[int]:
+        # As a batch of one: that lets go of Python's lock while it works, and encode() does not.
+        return core.encode_batch([text], add_special_tokens=add_special)[0].ids if text else []
+
+
+class Typed:
+    """The special tokens that clients typed, each replaced by a mark that nobody can guess."""
+
+    def __init__(self, special: re.Pattern[str] | None) -> None:
+        self.special, self.mark, self.found = special, secrets.token_hex(8), []
+
+    def taken_out(self, text: str) -> str:
+        return self.special.sub(self.marked, text) if self.special else text
+
+    def marked(self, match: re.Match[str]) -> str:
+        self.found.append(match[0])
+        return f"{self.mark}-{len(self.found) - 1};"
+
+    def split(self, text: str) -> list[str]:
+        """Text, number, text, number, …, text."""
+        return re.split(rf"{self.mark}-(\d+);", text) if self.found else [text]
+
+
+def template_text(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    own = folder / "chat_template.jinja"
+    if own.exists():
+        return own.read_text(encoding="utf-8")
+    said = settings.get("chat_template")
+    if isinstance(said, list):  # several, by name
+        said = next((one["template"] for one in said if one["name"] == "default"), None)
+    return said
+
+
+def compiled(text: str | None) -> jinja2.Template | None:
+    """As transformers does it: a sandbox, since the template comes with the checkpoint."""
+    if text is None:
+        return None
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    house = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    house.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    house.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return house.from_string(text)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def text_of(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
