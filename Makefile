@@ -1,6 +1,7 @@
 # make run     install what is missing, then answer Day 1's question
 # make test    the whole test suite             make test-fast   without the slow ones
 # make check   format and lint                  make bench       the claims of the README, measured here
+# make serve   the service on http://127.0.0.1:8000
 # make peers   llama.cpp and vLLM in environments of their own, for make bench to compare with
 # make run ARGS="--quick --breakdown" hands arguments on.
 
@@ -8,11 +9,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-fast check format bench peers clean
+.PHONY: run serve test test-fast check format bench peers clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.run
 	@$(BIN)/python infer.py $(ARGS)
+
+serve: $(VENV)/.serve
+	@$(BIN)/python serve.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -31,7 +35,7 @@ format: $(VENV)/.dev
 peers:
 	@PYTHON=$(PYTHON) benchmarks/peers/install.sh
 
-bench: $(VENV)/.run
+bench: $(VENV)/.serve
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
@@ -48,6 +52,10 @@ $(VENV)/.run: requirements.txt requirements-model.txt
 	@$(BIN)/python -m engine.native >&2
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-dev.txt
+$(VENV)/.serve: $(VENV)/.run requirements-serve.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve requirements-dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

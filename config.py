@@ -13,7 +13,7 @@ import signal
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from typing import Self  # not in Python 3.10, which check_packages() turns away in a sentence
@@ -26,6 +26,7 @@ MAX_NEW_TOKENS = 50
 LONGEST_WINDOW_MS = 3.6e6  # an hour
 
 ROOT = Path(__file__).resolve().parent
+SERVE_PACKAGES = ("fastapi", "uvicorn", "httptools", "orjson", "pydantic", "prometheus_client", "tokenizers", "jinja2")
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "tabulate", "psutil", "pynvml", "gguf", "tqdm", "filelock")
 
 
@@ -45,7 +46,12 @@ def knob(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Fields that check themselves and make a command line. Knows no field of its own."""
+    """Fields that check themselves and make a command line. Knows no field of its own.
+
+    env_prefix: where given, every field can be set by the environment variable of that prefix and its name.
+    """
+
+    env_prefix: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -64,9 +70,9 @@ class Settings:
         """The values given on the command line, else in the environment, else --quick's, else the defaults."""
         given = vars(parser_of(cls, doc).parse_args(argv))
         for f in fields(cls):
-            env = f.metadata.get("env")
+            env = f.metadata.get("env") or (cls.env_prefix and cls.env_prefix + f.name.upper())
             if env and f.name not in given and os.environ.get(env):
-                given[f.name] = os.environ[env]
+                given[f.name] = from_environment(f, env)
             if given.get("quick") and f.name not in given and "quick" in f.metadata:
                 given[f.name] = f.metadata["quick"]
         return cls(**cls.completed(given))
@@ -190,6 +196,20 @@ def program() -> str:
     return Path(sys.argv[0]).name if spec is None else f"python3 -m {spec.name.removesuffix('.__main__')}"
 
 
+def from_environment(f, env: str) -> Any:
+    """The variable's text as the field's type. UserError."""
+    text = os.environ[env]
+    kind = f.type if f.type in (int, float, bool) else str
+    try:
+        return TRUTH[text.strip().lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        what = {bool: "1 or 0", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"The environment variable {env} must be {what}, and is {text!r}.") from error
+
+
+TRUTH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+
+
 def help_of(f) -> str:
     extra = [f"default: {f.default}"] if f.default not in (None, False) and f.name != "notes_file" else []
     extra += [f"with --quick: {f.metadata['quick']}"] if "quick" in f.metadata else []
@@ -230,8 +250,10 @@ def listed(text: str, flag: str, kind: type = int, least: float = 1, most: float
     return list(dict.fromkeys(values))
 
 
-def check_packages() -> None:
-    """Leave with one sentence when this Python lacks the packages. Scripts call it before their own imports.
+def check_packages(*more: str, target: str = "run", requirements: str = "requirements.txt") -> None:
+    """Leave with one sentence when this Python lacks the packages, or more of them that a script needs.
+
+    Scripts call it before their own imports. target, requirements: how make and pip install them.
 
     Those take seconds: until lab.console.run() begins, Ctrl-C leaves at once and without a traceback.
     """
@@ -242,11 +264,11 @@ def check_packages() -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in (*PACKAGES, *more) if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"This Python ({sys.executable}) lacks {', '.join(missing)}: type `make run`, or activate the environment "
-            "with `source .venv/bin/activate`, or `pip install -r requirements.txt`.",
+            f"This Python ({sys.executable}) lacks {', '.join(missing)}: type `make {target}`, or activate the "
+            f"environment with `source .venv/bin/activate`, or `pip install -r {requirements}`.",
             file=sys.stderr,
         )
         raise SystemExit(2)

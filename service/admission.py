@@ -1,69 +1,108 @@
 """Who may come in. Decided before anything is tokenised, in one step that nobody can come between.
 
-A request that is admitted will be served; one that would wait too long is told so at once, with the numbers. Short queues
-are kinder than long ones: what is refused now can go elsewhere, what waits in vain cannot (Beyer et al., Site Reliability
-Engineering, 2016, chapter 21).
+A request that is admitted will be served; one that would wait too long is told so at once, with the numbers. Short
+queues are kinder than long ones: what is refused now can go elsewhere, what waits in vain cannot (Beyer et al., Site
+Reliability Engineering, 2016, chapter 21).
 
 Plain numbers and a clock that is handed in: no HTTP, no asyncio, no engine.
 """
 
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
+from typing import Protocol
 
 from service.errors import ApiError
+
+SOONEST_S, LATEST_S = 0.5, 60.0  # of Retry-After
+LARGEST_SHARE = 0.9  # of the house that one key may fill, where there are several
+MOST_RETRIES = 0.1  # of those admitted while others wait (the retry budget of the SRE book, chapter 21)
+REMEMBERED = 100  # admissions that the retry budget looks back on
 
 
 @dataclass(frozen=True)
 class Limits:
-    """slots: answers computed at once. queued: requests that may wait. tokens: what all requests in the house may add up to.
+    """slots: answers computed at once. queued: answers that may wait. tokens: what all in the house may add up to.
 
-    patience_s: the longest predicted wait that is still let in.
+    patience_s: the longest predicted wait that is still let in. shared: several keys share the house.
     """
 
     slots: int
     queued: int
     tokens: int
     patience_s: float
+    shared: bool = False
+
+    @property
+    def places(self) -> int:
+        return self.slots + self.queued
 
 
 @dataclass
 class Rates:
-    """What the engine does, as measured: seconds of a step with so many answers in it, and prompt tokens a second."""
+    """What the engine does, as measured: seconds of a step with so many answers in it, and prompt tokens a second.
+
+    drift: how much slower it has become since then, learned from every step.
+    """
 
     step_s: float
     each_s: float
     prefill_tokens_s: float
+    drift: float = 1.0
 
     def step(self, answers: int) -> float:
-        return self.step_s + self.each_s * answers
+        return (self.step_s + self.each_s * answers) * self.drift
+
+    def prefill(self, tokens: int) -> float:
+        return tokens / self.prefill_tokens_s * self.drift
+
+    def learn(self, tokens: int, answers: int, took_s: float) -> None:
+        """A step of so many tokens for so many answers. Slowly: single steps are noisy."""
+        prompt_tokens = tokens - answers  # the others' one token each is in step()
+        expected_s = (self.step(answers) + self.prefill(prompt_tokens)) / self.drift
+        self.drift = min(max(0.98 * self.drift + 0.02 * took_s / expected_s, 0.1), 100.0)
+
+
+class Progress(Protocol):
+    """What is known of an admitted request, once the engine has it."""
+
+    @property
+    def started(self) -> bool: ...
+
+    @property
+    def delivered(self) -> int: ...
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A place in the house. tokens: what the request may grow to; answers: how many slots it takes.
-
-    predicted_s: the wait that was foreseen when it came in. started: its first token is computed; left: new tokens that
-    are still to come, at the most.
-    """
+    """A place in the house. new_tokens: of each answer, at the most. predicted_s: the wait foreseen when it came in."""
 
     answers: int
     prompt_tokens: int
     new_tokens: int
-    came_s: float
+    key: str = ""
     predicted_s: float = 0.0
-    started: bool = False
-    delivered: int = 0
-    retried: int = 0
+    progress: Progress | None = None
 
     @property
     def tokens(self) -> int:
         return self.prompt_tokens + self.answers * self.new_tokens
 
     @property
-    def left(self) -> int:
-        return max(self.new_tokens - self.delivered, 0)
+    def started(self) -> bool:
+        return self.progress is not None and self.progress.started
+
+    @property
+    def left(self) -> float:
+        """New tokens of an answer that are still to come, at the most."""
+        done = self.progress.delivered / self.answers if self.progress else 0
+        return max(self.new_tokens - done, 0)
+
+    @property
+    def prompt_left(self) -> int:
+        return 0 if self.progress is not None and self.progress.delivered else self.prompt_tokens
 
 
 @dataclass
@@ -72,10 +111,10 @@ class Admission:
 
     limits: Limits
     rates: Rates
-    clock: Callable[[], float]
     jitter: Callable[[], float] = field(default=lambda: random.uniform(0.8, 1.2))
     inside: list[Ticket] = field(default_factory=list)  # in the order in which they came
-    open: bool = True
+    closed: str | None = None  # why nobody is let in any more: "drain", or "memory" for a while
+    retried: deque[bool] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     @property
     def waiting(self) -> list[Ticket]:
@@ -89,31 +128,54 @@ class Admission:
     def tokens(self) -> int:
         return sum(ticket.tokens for ticket in self.inside)
 
-    def enter(self, *, answers: int, prompt_tokens: int, new_tokens: int, deadline_s: float, retried: int = 0) -> Ticket:
+    def enter(
+        self,
+        *,
+        answers: int,
+        prompt_tokens: int,
+        new_tokens: int,
+        deadline_s: float,
+        key: str = "",
+        retry: bool = False,
+    ) -> Ticket:
         """A ticket, or an ApiError 503 that says which limit was hit and when to come back.
 
         prompt_tokens: an estimate will do; correct() puts it right. deadline_s: seconds that the asker will wait.
         """
-        ticket = Ticket(answers, prompt_tokens, new_tokens, self.clock(), retried=retried)
-        if not self.open:
-            raise self.refusal("shutting_down", "The server is shutting down: ask another one.", "drain", 1.0, "shed_drain")
-        if self.answers + answers > self.limits.slots + self.limits.queued:
-            raise self.full("requests", ticket, deadline_s)
-        if self.tokens + ticket.tokens > self.limits.tokens and self.inside:
+        self.check_door(key, answers)
+        ticket = Ticket(answers, prompt_tokens, new_tokens, key)
+        if self.inside and self.tokens + ticket.tokens > self.limits.tokens:
             raise self.full("tokens", ticket, deadline_s)
+        if retry and self.waiting and self.retried.count(True) >= MOST_RETRIES * REMEMBERED:
+            raise self.full("retries", ticket, deadline_s)
         ticket.predicted_s = self.predicted_wait_s(answers, prompt_tokens)
-        if ticket.predicted_s > self.limits.patience_s:
+        if ticket.predicted_s > self.limits.patience_s * self.share(key):
             raise self.full("wait", ticket, deadline_s)
-        service_s = prompt_tokens / self.rates.prefill_tokens_s + new_tokens * self.rates.step(self.busy_slots(answers))
+        service_s = (new_tokens - 1) * self.rates.step(self.busy(answers))
         if ticket.predicted_s + service_s > deadline_s:
-            raise self.refusal(
-                "deadline_unreachable",
-                f"You will wait {deadline_s:.1f} s, and this request would take about {ticket.predicted_s:.1f} s of waiting "
-                f"and {service_s:.1f} s of computing: ask for fewer tokens, or wait longer.",
-                "deadline", ticket.predicted_s, "shed_deadline", ticket.predicted_s, deadline_s,
-            )  # fmt: skip
+            raise self.unreachable(ticket.predicted_s, service_s, deadline_s)
         self.inside.append(ticket)
+        self.retried.append(retry)
         return ticket
+
+    def check_door(self, key: str = "", answers: int = 1) -> None:
+        """ApiError 503 when nobody can come in, whatever is asked for: before a body is even read."""
+        if self.closed == "drain":
+            raise self.refusal(
+                "server_shutting_down", "The server is shutting down: ask another one.", "drain", 1.0, "shed_drain"
+            )
+        if self.closed == "memory":
+            raise self.refusal(
+                "server_overloaded", "The server is short of memory: try again later.", "memory", 5.0, "shed_memory"
+            )
+        room = self.limits.places * self.share(key)
+        if self.answers + answers > max(room, 1):
+            raise self.full("requests", Ticket(answers, 0, 1), None)
+
+    def share(self, key: str) -> float:
+        """The part of the house that this key may fill: not all, so that another one's first request finds room."""
+        others = self.limits.shared and any(ticket.key == key for ticket in self.inside)
+        return LARGEST_SHARE if others else 1.0
 
     def correct(self, ticket: Ticket, prompt_tokens: int, new_tokens: int) -> None:
         """What the tokenizer counted, in place of the estimate."""
@@ -124,7 +186,10 @@ class Admission:
         if ticket in self.inside:
             self.inside.remove(ticket)
 
-    def busy_slots(self, more: int = 0) -> int:
+    # ---- foretelling
+
+    def busy(self, more: int = 0) -> int:
+        """Slots in use, with so many more answers."""
         return min(self.answers + more, self.limits.slots)
 
     def predicted_wait_s(self, answers: int, prompt_tokens: int) -> float:
@@ -133,7 +198,7 @@ class Admission:
         Each slot is freed when its answer has its last token; those who wait take the first slot that is free. Prompts
         are computed in between, at the rate of prefill, whoever's they are.
         """
-        step_s = self.rates.step(self.busy_slots(answers))
+        step_s = self.rates.step(max(self.busy(answers), 1))
         slots = [ticket.left * step_s for ticket in self.inside if ticket.started for _ in range(ticket.answers)]
         slots = sorted(slots)[: self.limits.slots]
         slots += [0.0] * (self.limits.slots - len(slots))
@@ -142,42 +207,52 @@ class Admission:
             for _ in range(ticket.answers):
                 heapreplace(slots, slots[0] + ticket.new_tokens * step_s)
         start = sorted(slots)[min(answers, len(slots)) - 1]
-        prompts = prompt_tokens + sum(ticket.prompt_tokens for ticket in self.waiting)
-        return start + prompts / self.rates.prefill_tokens_s
-
-    def full(self, limit: str, ticket: Ticket, deadline_s: float) -> ApiError:
-        wait_s = self.predicted_wait_s(ticket.answers, ticket.prompt_tokens)
-        what = {"requests": "as many requests as it can", "tokens": "as many tokens as it can", "wait": "all it can for now"}
-        return self.refusal(
-            "server_overloaded",
-            f"The server holds {what[limit]} ({self.answers} requests, {self.tokens} tokens; a newcomer would wait about "
-            f"{wait_s:.1f} s): try again later.",
-            limit, self.until_room_s(), "shed_queue", wait_s, deadline_s,
-        )  # fmt: skip
+        prompts = prompt_tokens + sum(ticket.prompt_left for ticket in self.inside)
+        return start + self.rates.prefill(prompts) + step_s
 
     def until_room_s(self) -> float:
         """When the next one will leave, by the same reckoning."""
-        step_s = self.rates.step(self.busy_slots())
-        lefts = [ticket.left * step_s for ticket in self.inside if ticket.started]
-        return min(lefts, default=0.5) if lefts else 0.5
+        step_s = self.rates.step(max(self.busy(), 1))
+        return min((ticket.left * step_s for ticket in self.inside if ticket.started), default=SOONEST_S)
+
+    # ---- refusing
+
+    def full(self, limit: str, ticket: Ticket, deadline_s: float | None) -> ApiError:
+        wait_s = self.predicted_wait_s(ticket.answers, ticket.prompt_tokens)
+        what = {
+            "requests": "as many requests as it can", "tokens": "as many tokens as it can",
+            "wait": "all it can for now",
+            "retries": "all it can, and repeated requests come last",
+        }  # fmt: skip
+        return self.refusal(
+            "server_overloaded",
+            f"The server holds {what[limit]} ({self.answers} requests, {self.tokens} tokens; a newcomer would wait "
+            f"about {wait_s:.1f} s): try again later.",
+            limit, self.until_room_s(), "shed_queue", predicted_wait_s=wait_s, deadline_s=deadline_s,
+        )  # fmt: skip
+
+    def unreachable(self, wait_s: float, service_s: float, deadline_s: float) -> ApiError:
+        return self.refusal(
+            "deadline_unreachable",
+            f"You will wait {deadline_s:.1f} s, and this request would take about {wait_s:.1f} s to its first token "
+            f"and {service_s:.1f} s from there: ask for fewer tokens, or wait longer.",
+            "deadline", wait_s, "shed_deadline", predicted_wait_s=wait_s, deadline_s=deadline_s,
+        )  # fmt: skip
 
     def refusal(
-        self, code: str, message: str, limit: str, after_s: float, outcome: str, wait_s: float | None = None,
-        deadline_s: float | None = None,
-    ) -> ApiError:  # fmt: skip
+        self, code: str, message: str, limit: str, after_s: float, outcome: str, **numbers: float | None
+    ) -> ApiError:
         """503: with Retry-After spread a little, so that those who were refused together do not come back together."""
-        after_s = min(max(after_s, 0.5), 60.0) * self.jitter()
+        after_s = min(max(after_s, SOONEST_S), LATEST_S) * self.jitter()
+        step_s = self.rates.step(max(self.busy(), 1))
         details = {
             "limit_hit": limit,
             "requests": self.answers,
-            "waiting": len(self.waiting),
+            "queue_depth": len(self.waiting),
             "queued_tokens": self.tokens,
-            "drain_rate_tok_s": round(self.busy_slots() / self.rates.step(max(self.busy_slots(), 1)), 1),
+            "drain_rate_tok_s": round(self.busy() / step_s, 1),
             "retry_after_s": round(after_s, 1),
         }
-        details |= {} if wait_s is None else {"predicted_wait_s": round(wait_s, 2)}
-        details |= {} if deadline_s is None else {"deadline_s": round(deadline_s, 1)}
-        return ApiError(
-            503, code, message, retry=code != "deadline_unreachable", retry_after_s=after_s, details=details,
-            outcome=outcome,
-        )  # fmt: skip
+        details |= {name: round(value, 2) for name, value in numbers.items() if value is not None}
+        again = code != "deadline_unreachable"
+        return ApiError(503, code, message, retry=again, retry_after_s=after_s, details=details, outcome=outcome)

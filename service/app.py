@@ -1,123 +1,283 @@
 """The routes. Each is short: what to check, whom to ask, what to answer."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from engine.request import Choice
+from service.books import Books
 from service.errors import ApiError
-from service.keys import NOBODY, Keys
+from service.guard import Guard, Headers
+from service.keys import Keys
 from service.life import Life, server_timing
-from service.observe import Lives, Metrics
+from service.openapi import described
 from service.protocol import Reply, usage
 from service.schemas import ChatRequest, CompletionRequest, parsed, validated
+from service.sending import END, HEARTBEAT, ClientLeft, Events, event, told, unless_left, whole
 from service.serving import Job, Serving
+from service.watch import Watch
 
-OPEN = ("/health", "/health/live", "/health/ready", "/metrics")  # asked by machines that have no key
-ALLOWED = {405: "method_not_allowed", 404: "not_found"}
+LONGEST_ID = 64
+Asked = type[ChatRequest] | type[CompletionRequest]
 
 
-def make_app(serving: Serving, keys: Keys, metrics: Metrics, lives: Lives, about: dict[str, Any]) -> FastAPI:
-    """about: what clients may know of the model and the machine."""
-    settings = serving.settings
-    app = FastAPI(title="llm-infer-baseline", docs_url=None, redoc_url=None)
-    name = settings.served_name or about["name"]
+@dataclass(frozen=True)
+class House:
+    """What the routes need. about: what may be known of the model and the machine."""
 
-    # ---- completions
+    serving: Serving
+    keys: Keys
+    books: Books
+    watch: Watch
+    about: dict[str, Any]
 
-    async def complete(http: Request, kind: type, chat: bool) -> Response:
+    @property
+    def name(self) -> str:
+        """The model's, for clients."""
+        return self.serving.settings.served_name or self.about["name"]
+
+
+def make_app(house: House) -> Guard:
+    """The ASGI application, with the guard around it. Its lifespan starts and ends the engine's thread."""
+    settings, serving = house.serving.settings, house.serving
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        serving.bridge.start()
+        async with house.watch.awake():
+            yield
+        serving.bridge.stop()
+        serving.prompts.pool.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="llm-infer-baseline", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_exception_handler(ApiError, explain)
+    app.add_exception_handler(HTTPException, no_such_route)
+    if settings.cors_origin:
+        app.add_middleware(CORSMiddleware, allow_origins=[settings.cors_origin], allow_methods=["GET", "POST"],
+                           allow_headers=["*"])  # fmt: skip
+    add_completions(app, house)
+    add_views(app, house)
+    described(app, house.name)
+    return Guard(
+        app, clock=serving.clock, door=door_of(house), ended=house.books.close, max_body=settings.max_body,
+        body_timeout=settings.body_timeout,
+    )  # fmt: skip
+
+
+def door_of(house: House) -> Callable[[dict, Headers, Life], None]:
+    """Who may go further, before a body is parsed: the key, then whether there is room at all."""
+
+    def door(scope: dict, headers: Headers, life: Life) -> None:
+        path, method = scope["path"], scope["method"]
+        if method == "OPTIONS" or not path.startswith(("/v1/", "/config", "/capacity", "/debug/")):
+            return
+        life.facts["key"] = house.keys.check(headers.get("authorization"))
+        if method == "POST" and life.endpoint in ("chat", "completions"):
+            house.serving.admission.check_door(life.facts["key"])
+
+    return door
+
+
+# ---- completions
+
+
+def add_completions(app: FastAPI, house: House) -> None:
+    serving, settings = house.serving, house.serving.settings
+
+    async def complete(http: Request, kind: Asked) -> Response:
         life: Life = http.state.life
-        key = keys.check(http.headers.get("authorization"))
+        life.routed()
+        with life.part("parse"):
+            asked, ignored = understood(http, kind)
+        key = life.facts["key"]
+        patience = patience_s(http, settings.request_timeout, bool(asked.stream))
+        retry = is_retry(http)
+        life.facts |= {"stream": bool(asked.stream), "model": house.name, "retry": retry}
+        try:
+            job = await unless_left(http.receive, serving.admit(asked, life, key, patience, retry))
+            reply = Reply(
+                f"{'chatcmpl' if kind is ChatRequest else 'cmpl'}-{life.id.removeprefix('req-')}", house.name,
+                kind is ChatRequest, house.about["hash"], serving.prompts.token, asked.top_logprobs_wanted is not None,
+            )  # fmt: skip
+            headers = serving.limits.headers(key) | ({"x-ignored-params": ",".join(ignored)} if ignored else {})
+            if asked.stream:
+                return Events(streamed(serving, job, reply), headers, lambda: gone(http))
+            return await unless_left(http.receive, gathered(serving, job, reply, headers))
+        except ClientLeft:
+            gone(http)
+            return Response(status_code=499)  # nginx's number for it: nobody reads it
+
+    def understood(http: Request, kind: Asked) -> tuple[ChatRequest | CompletionRequest, list[str]]:
         if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "content_type", "Send JSON, with Content-Type: application/json.")
-        body = parsed(http.state.body)
-        life.mark("parse")
-        asked, ignored = validated(kind, body, ignore_unknown=settings.ignore_unknown)
-        if asked.model != name:
-            raise ApiError(404, "model_not_found", f"There is no model {asked.model!r} here: {name} is served.", "model")
-        life.facts |= {"key": key[:8], "stream": bool(asked.stream), "ignored": ignored}
-        job = await serving.admit(asked, life, patience_s(http, settings.request_timeout, bool(asked.stream)), retries(http))
-        reply = Reply(
-            f"{'chatcmpl' if chat else 'cmpl'}-{life.id.removeprefix('req-')}", name, chat, about["hash"],
-            lambda token: serving.prompts.decode([token]), asked.top_logprobs_wanted is not None,
-        )  # fmt: skip
-        headers = {"x-ignored-params": ",".join(ignored)} if ignored else {}
-        if asked.stream:
-            return EventSourceResponse(
-                streamed(job, reply), sep="\n", ping=settings.heartbeat, send_timeout=settings.send_timeout,
-                headers={**headers, "x-accel-buffering": "no", "cache-control": "no-cache"},
-            )  # fmt: skip
-        return await gathered(http, job, reply, headers)
-
-    async def gathered(http: Request, job: Job, reply: Reply, headers: dict[str, str]) -> Response:
-        try:
-            async with leaving(http):
-                async for _, stream in serving.follow(job):
-                    stream.take()
-            parts = job.life.split()
-            found = reply.whole(job.answers, usage(job.prompt_tokens, job.answers, parts))
-            return Response(orjson.dumps(found), media_type="application/json", headers=headers | {"server-timing": server_timing(parts)})
-        finally:
-            serving.close(job)
-
-    async def streamed(job: Job, reply: Reply) -> AsyncIterator[ServerSentEvent]:
-        try:
-            for i in range(len(job.streams)):
-                if (opening := reply.opening(i)) is not None:
-                    yield event(opening)
-            pending: dict[int, list[Choice]] = {}
-            async for i, stream in serving.follow(job):
-                fresh = pending.pop(i, []) + stream.take()
-                text = stream.answer.new_text()
-                if text or (fresh and (reply.logprobs or stream.done)):
-                    yield event(reply.text(i, text, fresh))
-                elif fresh:
-                    pending[i] = fresh  # no text is certain yet: its tokens are told with the text
-                if stream.done and stream.answer.request.error is None:
-                    yield event(reply.ending(i, stream.answer))
-            if job.asked.stream_options and job.asked.stream_options.include_usage:
-                yield event(reply.chunk([], usage=usage(job.prompt_tokens, job.answers, job.life.split())))
-            yield ServerSentEvent("[DONE]")
-        except ApiError as error:  # the status is sent already; [DONE] would say that all is well
-            job.life.outcome, job.life.error_code = error.outcome, error.code
-            yield event(error.body)
-        finally:
-            serving.close(job)
+        asked, ignored = validated(kind, parsed(http.state.body), ignore_unknown=settings.ignore_unknown)
+        if asked.model != house.name:
+            raise ApiError(
+                404, "model_not_found", f"There is no model {asked.model!r} here, only {house.name!r}.", "model"
+            )
+        return asked, ignored
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request) -> Response:
-        return await complete(http, ChatRequest, True)
+        return await complete(http, ChatRequest)
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
-        return await complete(http, CompletionRequest, False)
+        return await complete(http, CompletionRequest)
+
+
+async def gathered(serving: Serving, job: Job, reply: Reply, headers: dict[str, str]) -> Response:
+    try:
+        async for _ in serving.follow(job):
+            pass
+        parts = job.life.split()
+        found = reply.whole(job.answers, usage(job.prompt_tokens, job.answers, parts))
+        return whole(found, headers=headers | {"server-timing": server_timing(parts)})
+    finally:
+        serving.close(job)
+
+
+async def streamed(serving: Serving, job: Job, reply: Reply) -> AsyncGenerator[bytes, None]:
+    """The events of one reply. What goes wrong on the way is an event too, and then there is no [DONE]."""
+    try:
+        for i in range(len(job.answers)):
+            if (opening := reply.opening(i)) is not None:
+                yield event(opening)
+        told_so_far, ended = [0] * len(job.answers), set()
+        async for anything_new in serving.follow(job):
+            if not anything_new:
+                yield HEARTBEAT
+                continue
+            for i, answer in enumerate(job.answers):
+                done = answer.done
+                fresh: list[Choice] = answer.choices[told_so_far[i] :]
+                text = answer.new_text() if fresh or done else ""
+                if text or (done and fresh):  # tokens without text of their own yet are told with the text
+                    told_so_far[i] += len(fresh)
+                    yield event(reply.text(i, text, fresh))
+                if done and i not in ended:
+                    ended.add(i)
+                    yield event(reply.ending(i, answer))
+        if job.asked.stream_options and job.asked.stream_options.include_usage:
+            yield event(reply.chunk([], usage=usage(job.prompt_tokens, job.answers, job.life.split())))
+        yield END
+    except ApiError as error:  # the status has been sent
+        job.life.failed(error.outcome, error.code)
+        yield event(error.body)
+    finally:
+        serving.close(job)
+
+
+def gone(http: Request) -> None:
+    life: Life = http.state.life
+    life.failed("cancelled", "client_stalled" if http.scope["state"].get("stalled") else "client_left")
+    life.status = 499
+
+
+def patience_s(http: Request, most_s: float, stream: bool) -> float:
+    """How long the client will wait, as far as it says so. ApiError 400.
+
+    x-stainless-read-timeout, which OpenAI's clients send: the longest silence; a stream breaks it with heartbeats.
+    """
+    said = http.headers.get("x-request-deadline-ms")
+    if said is not None:
+        if not (said.isascii() and said.isdigit() and int(said[:12]) > 0):
+            raise ApiError(400, "invalid_value", "x-request-deadline-ms must be a whole number of milliseconds.")
+        most_s = min(most_s, int(said[:12]) / 1e3)
+    if not stream:
+        with contextlib.suppress(ValueError):
+            silence_s = float(http.headers.get("x-stainless-read-timeout", "inf"))
+            most_s = min(most_s, silence_s) if silence_s > 0 else most_s
+    return most_s
+
+
+def is_retry(http: Request) -> bool:
+    count = http.headers.get("x-stainless-retry-count", "0")
+    return count.isascii() and count.isdigit() and int(count[:6]) > 0
+
+
+# ---- for those who run it
+
+
+def add_views(app: FastAPI, house: House) -> None:
+    serving, watch = house.serving, house.watch
 
     @app.get("/v1/models")
-    async def models(http: Request) -> Any:
-        keys.check(http.headers.get("authorization"))
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": about["created"], "owned_by": "llm-infer-baseline"}]}
+    async def models() -> Response:
+        return whole({"object": "list", "data": [model_card(house)]})
 
-    # ---- for those who run it
+    @app.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> Response:
+        if model != house.name:
+            raise ApiError(
+                404, "model_not_found", f"There is no model {model[:200]!r} here, only {house.name!r}.", "model"
+            )
+        return whole(model_card(house))
+
+    @app.get("/health")
+    async def health() -> Response:
+        found = watch.health()
+        return whole(found, 503 if found["status"] in ("stalled", "draining") else 200)
+
+    @app.get("/health/live")
+    async def live() -> Response:
+        found = watch.alive()
+        return whole(found, 503 if found["status"] == "stalled" else 200)
+
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        found = watch.admitting()
+        return whole(found, 200 if found["ready"] else 503)
 
     @app.get("/metrics")
-    async def show_metrics() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    async def metrics() -> Response:
+        watch.refresh()
+        return Response(generate_latest(house.books.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return app
+    @app.get("/capacity")
+    async def capacity() -> Response:
+        return whole(watch.capacity() | {"model": house.about})
+
+    @app.get("/config")
+    async def config() -> Response:
+        return whole(serving.settings.shown())
+
+    @app.get("/debug/requests")
+    async def latest() -> Response:
+        return whole({"requests": house.books.lives.latest()})
+
+    @app.get("/debug/requests/{request_id}")
+    async def one_life(request_id: str) -> Response:
+        found = house.books.lives.get(request_id[:LONGEST_ID])
+        if found is None:
+            raise ApiError(404, "not_found", "No request of this id is remembered: the last ones are, by x-request-id.")
+        return whole(found)
 
 
-def event(data: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(orjson.dumps(data).decode())
+def model_card(house: House) -> dict[str, Any]:
+    return {"id": house.name, "object": "model", "created": house.about["created"], "owned_by": "llm-infer-baseline",
+            "max_model_len": house.serving.context}  # fmt: skip
 
 
-@contextlib.asynccontextmanager
-async def leaving(http: Request) -> AsyncIterator[None]:
-    """Cancels what is inside when the client closes the connection."""
-    yield  # to be written
+# ---- errors
+
+
+async def explain(http: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    http.state.life.failed(error.outcome, error.code)
+    return told(error)
+
+
+async def no_such_route(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code, what = ("method_not_allowed", "take this method") if error.status_code == 405 else ("not_found", "exist")
+    http.state.life.failed("client_error", code)
+    message = f"{http.method[:16]} {http.url.path[:200]} does not {what} here."
+    return told(ApiError(error.status_code, code, message, headers=error.headers or {}))

@@ -1,18 +1,18 @@
 """The engine on a thread of its own, behind a face that a process of its own could have too.
 
-The event loop asks (submit, cancel) and is told (tokens, ends); neither ever waits for the other. After each step, what
-it brought is handed to the loop in one call: tokens are collected per step, not per request.
+The event loop asks (submit, cancel) and is told when there is something new; neither waits for the other. After each
+step what it brought is handed to the loop in one call: news is collected per step, not per token.
 """
 
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from engine.answer import Answer
-from engine.engine import Engine
+from engine.engine import Engine, StepTimes
 from engine.request import Choice, Sampling, StepFailed
 
 IDLE_S = 1.0  # an idle engine looks around that often: whether it is to end
@@ -20,38 +20,85 @@ IDLE_S = 1.0  # an idle engine looks around that often: whether it is to end
 
 @dataclass(eq=False)
 class Stream:
-    """One answer on its way to the event loop. changed: set when there is something new, tokens or the end."""
+    """The answers to one prompt, on their way to the event loop. changed: set when there is something new, or an end.
 
-    answer: Answer
+    why: the reason for giving it up, for the ledger of waste.
+    """
+
+    answers: list[Answer] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    fresh: list[Choice] = field(default_factory=list)  # choices that nobody has taken yet
-    done: bool = False
+    why: str = "disconnect"
 
-    def take(self) -> list[Choice]:
-        """What has come since the last call."""
-        self.changed.clear()
-        fresh, self.fresh = self.fresh, []
-        return fresh
+    @property
+    def done(self) -> bool:
+        return all(answer.done for answer in self.answers)
+
+    @property
+    def started(self) -> bool:
+        """Whether the engine has begun to compute it."""
+        return bool(self.answers) and self.answers[0].request.timeline.admitted is not None
+
+    @property
+    def delivered(self) -> int:
+        """New tokens so far, of all answers."""
+        return sum(len(answer.choices) for answer in self.answers)
+
+
+class Area:
+    """How many there are, integrated over time: counted up and down as they come and go, in whatever thread."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.lock = clock, threading.Lock()
+        self.count, self.sum_s, self.since_s = 0, 0.0, clock()
+
+    def change(self, by: int) -> None:
+        with self.lock:
+            now_s = self.clock()
+            self.sum_s += self.count * (now_s - self.since_s)
+            self.count, self.since_s = self.count + by, now_s
+
+    def area_s(self, now_s: float) -> float:
+        with self.lock:
+            return self.sum_s + self.count * (now_s - self.since_s)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the engine looked like after its latest step. kv_held: blocks that requests hold."""
+
+    waiting: int = 0
+    running: int = 0
+    kv_held: int = 0
+    kv_blocks: int = 0
 
 
 class Bridge:
     """make: a new engine with nothing in it. One Bridge has one engine at a time, and one thread that drives it.
 
-    The loop's side: submit(), cancel(), the figures. The engine's side: everything under "in the engine's thread".
+    The loop's side: submit(), cancel(), stop() and what can be read. The engine's side: everything under "in the
+    engine's thread". watch: called there after every step with the engine and, unless there was nothing to do, the
+    step's times.
     """
 
-    def __init__(self, make: Callable[[], Engine], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, make: Callable[[], Engine], clock: Callable[[], float] = time.perf_counter) -> None:
         self.make, self.clock = make, clock
         self.engine = make()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.wake = threading.Event()
+        self.swap = threading.Lock()  # held while an engine is asked, or replaced by another one
         self.ending = False
-        self.news: list[tuple[Stream, Choice | None]] = []
-        self.progress_s = clock()  # when the engine last ended a step, or had nothing to do
+        self.news: set[Stream] = set()
+        self.progress_s = clock()  # when the engine last began or ended a step
         self.working = False
-        self.restarts = 0
         self.ready = True  # False while an engine is being replaced
-        self.on_step: Callable[[Engine], Any] = lambda _engine: None  # called in the engine's thread, after every step
+        self.restarts = 0
+        self.state = self.seen()
+        self.past: Counter[str] = Counter()  # the counts of engines that were replaced
+        self.wasted: Counter[str] = Counter()  # tokens computed for nobody, by reason
+        self.in_house = Area(clock)  # answers that the engine has
+        self.residence_s = 0.0  # of those that have ended, from their own stamps
+        self.useful = 0  # tokens computed for answers that were wanted to the end
+        self.watch: Callable[[Engine, StepTimes | None], object] = lambda _engine, _times: None
         self.thread = threading.Thread(target=self.drive, name="engine", daemon=True)
 
     # ---- in the event loop
@@ -60,74 +107,117 @@ class Bridge:
         self.loop = asyncio.get_running_loop()
         self.thread.start()
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling, n: int = 1, salt: str = "") -> list[Stream]:
+    def submit(self, prompt: Sequence[int], sampling: Sampling, n: int = 1, salt: str = "") -> Stream:
         """n answers to one prompt. Refusal when it can never be served."""
-        streams: dict[int, Stream] = {}
+        stream = Stream()
 
         def listener(answer: Answer, choice: Choice | None) -> None:
-            self.news.append((streams[answer.request.number], choice))
+            self.news.add(stream)
+            if choice is None:
+                self.close_books(answer, stream)
 
-        engine = self.engine
-        answers = engine.prepared_many(prompt, sampling, n, salt=salt, listener=listener)
-        streams |= {answer.request.number: Stream(answer) for answer in answers}
-        engine.queue(answers)
+        with self.swap:
+            stream.answers = self.engine.prepared_many(prompt, sampling, n, salt=salt, listener=listener)
+            self.in_house.change(n)
+            self.engine.queue(stream.answers)
         self.wake.set()
-        return list(streams.values())
+        return stream
 
-    def cancel(self, streams: Sequence[Stream]) -> None:
+    def cancel(self, stream: Stream, why: str = "disconnect") -> None:
         """Give up what is not done. It holds nothing any more before the next step."""
-        for stream in streams:
-            if not stream.done:
-                stream.answer.cancel()
+        stream.why = why
+        with self.swap:
+            for answer in stream.answers:
+                if not answer.done:
+                    answer.cancel()
         self.wake.set()
 
     def stop(self, patience_s: float = 5.0) -> bool:
         """End the thread, and with it all that it computes. False when it does not react: it hangs in a step."""
         self.ending = True
         self.wake.set()
-        self.thread.join(patience_s)
+        if self.thread.is_alive():
+            self.thread.join(patience_s)
         return not self.thread.is_alive()
 
     def stalled_s(self) -> float:
-        """For how long a step that should end has not; 0 while nothing is to be done."""
+        """For how long the present step has been computed; 0 while nothing is to be done."""
         return self.clock() - self.progress_s if self.working else 0.0
 
-    def deliver(self, news: list[tuple[Stream, Choice | None]]) -> None:
-        for stream, choice in news:
-            if choice is None:
-                stream.done = True
-            else:
-                stream.fresh.append(choice)
-            stream.changed.set()
+    def progress_at(self) -> float:
+        """When the engine last began or ended a step, as a time of day."""
+        return time.time() - (self.clock() - self.progress_s)
+
+    def count(self, name: str) -> int:
+        """One of the engine's counts, of all engines so far."""
+        return self.past[name] + self.engine.counts[name]
 
     # ---- in the engine's thread
 
     def drive(self) -> None:
         while not self.ending:
             self.progress_s, self.working = self.clock(), True
-            try:
-                busy = self.engine.step()
-            except Exception as error:  # not the forward pass, which fails its own requests: the house itself is broken
-                self.replace_engine(error)
-                busy = True
+            busy = self.step()
             self.progress_s, self.working = self.clock(), False
-            self.on_step(self.engine)
+            self.state = self.seen()
             if self.news:
-                news, self.news = self.news, []
-                self.loop.call_soon_threadsafe(self.deliver, news)
+                news, self.news = self.news, set()
+                self.tell(news)
             if not busy:
                 self.wake.wait(IDLE_S)
                 self.wake.clear()
 
-    def replace_engine(self, error: Exception) -> None:
-        """A new engine. Who was being computed is told the error; who only waited goes on in the new one."""
+    def step(self) -> bool:
+        """One step. After one that failed as a whole, the engine is replaced: nobody knows in what state it is."""
+        try:
+            busy = self.engine.step()
+        except Exception as error:  # not in the forward pass, whose requests are told: in the engine itself
+            self.fail_running(error)
+            self.replace_engine()
+            return True
+        self.watch(self.engine, self.engine.steps[-1] if busy else None)
+        if self.engine.counts["failed_steps"]:
+            self.replace_engine()
+        return busy
+
+    def tell(self, news: set[Stream]) -> None:
+        try:
+            self.loop.call_soon_threadsafe(lambda: [stream.changed.set() for stream in news])
+        except RuntimeError:  # the loop has ended: nobody is there to be told
+            self.ending = True
+
+    def fail_running(self, error: Exception) -> None:
+        engine = self.engine
+        for request in list(engine.scheduler.running):
+            request.error = StepFailed(f"the engine failed ({type(error).__name__}: {error})")
+            engine.finish(engine.answers[request], "error", engine.clock())
+
+    def replace_engine(self) -> None:
+        """A new engine on the same network. Whom the failure did not concern goes on in it."""
         self.ready = False
-        old, self.engine = self.engine, self.make()
-        self.restarts += 1
-        for request, answer in list(old.answers.items()):
-            if request in old.scheduler.waiting and not request.preemptions:
-                self.engine.adopt(answer)
-            else:
-                request.error = StepFailed(f"the engine failed ({type(error).__name__}: {error})")
-                old.finish(answer, "error", old.clock())
+        old, new = self.engine, self.make()
+        with self.swap:
+            old.hand_over_to(new)
+            self.past += Counter(old.counts)
+            self.engine = new
+            self.restarts += 1
         self.ready = True
+
+    def close_books(self, answer: Answer, stream: Stream) -> None:
+        """Whose tokens were for nothing, and why."""
+        request = answer.request
+        self.in_house.change(-1)
+        self.residence_s += request.timeline.finished - request.timeline.arrived
+        ended_well = request.finish_reason in ("stop", "length")
+        useful = min(request.spent, request.computed - request.reused) if ended_well else 0
+        self.useful += useful
+        if request.spent > useful:
+            reason = "preempt" if ended_well else stream.why if request.finish_reason == "cancelled" else "engine_error"
+            self.wasted[reason] += request.spent - useful
+
+    def seen(self) -> State:
+        scheduler = self.engine.scheduler
+        blocks = scheduler.blocks
+        return State(
+            len(scheduler.waiting), len(scheduler.running), blocks.count - len(blocks.free), blocks.count,
+        )  # fmt: skip

@@ -10,78 +10,80 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-import orjson
-
 from service.errors import ApiError
 from service.life import Life, server_timing
+from service.observe import ENDPOINTS
+from service.sending import told
 
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 WITH_BODY = {"POST", "PUT", "PATCH"}
 
+Headers = dict[str, str]
+
 
 class Guard:
-    """Around the whole application. ended(life, scope): closes the books, once for every request."""
+    """Around the whole application. door(scope, headers, life): raises ApiError for those who cannot come in, whatever
+    they ask. ended(life): closes the books, once for every request.
+    """
 
     def __init__(
-        self, app: Any, *, clock: Callable[[], float], ended: Callable[[Life, dict], None], max_body: int, body_timeout: float
-    ) -> None:
-        self.app, self.clock, self.ended, self.max_body, self.body_timeout = app, clock, ended, max_body, body_timeout
+        self, app: Any, *, clock: Callable[[], float], door: Callable[[dict, Headers, Life], None],
+        ended: Callable[[Life], None], max_body: int, body_timeout: float,
+    ) -> None:  # fmt: skip
+        self.app, self.clock, self.door, self.ended = app, clock, door, ended
+        self.max_body, self.body_timeout = max_body, body_timeout
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        theirs = headers.get("x-request-id", "")
-        life = Life(self.clock, f"req-{secrets.token_hex(12)}", self.clock())
-        life.facts["client_request_id"] = theirs if ID.fullmatch(theirs) else None
-        life.facts["client_request_id_dropped"] = bool(theirs) and not ID.fullmatch(theirs)
-        scope.setdefault("state", {})["life"] = life
-        started = False
-
-        async def sending(message: dict) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started, life.status = True, message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", (life.facts["client_request_id"] or life.id).encode())]
-                if not any(name == b"server-timing" for name, _ in message["headers"]):
-                    message["headers"].append((b"server-timing", server_timing(life.split()).encode()))
-            before = self.clock()
-            await send(message)
-            life.send_blocked_s += self.clock() - before
-
+        life = self.born(scope, headers)
+        sending = Sending(life, send)
         try:
-            scope["state"]["body"] = await self.body(scope, headers, receive)
+            with life.part("receive"):
+                scope["state"]["body"] = await self.body(scope, headers, receive)
+            life.opened_s = self.clock()
+            self.door(scope, headers, life)
             await self.app(scope, receive, sending)
-        except ApiError as error:
-            if started:
-                raise
-            life.outcome, life.error_code = error.outcome, error.code
-            await refuse(error, sending)
+        except ApiError as error:  # after the start of an answer, its route tells it
+            life.failed(error.outcome, error.code)
+            await told(error)(scope, receive, sending)
         except asyncio.CancelledError:
-            life.outcome = "cancelled"
+            life.failed("cancelled", "server_stopped")
             raise
         except Exception:
-            life.outcome, life.error_code = "engine_error", "internal_error"
-            if not started:
-                await refuse(ApiError(500, "internal_error", "Something is broken here; it was written down.", retry=True), sending)
+            life.failed("engine_error", "internal_error")
+            if not sending.started:
+                await told(BROKEN)(scope, receive, sending)
             raise
         finally:
-            self.ended(life, scope)
+            self.ended(life)
 
-    async def body(self, scope: dict, headers: dict[str, str], receive: Any) -> bytes:
+    def born(self, scope: dict, headers: Headers) -> Life:
+        life = Life(self.clock, f"req-{secrets.token_hex(12)}", self.clock())
+        life.endpoint = ENDPOINTS.get(scope["path"], "other")
+        theirs = headers.get("x-request-id", "")
+        life.facts |= {"method": scope["method"][:16], "route": life.endpoint}
+        if ID.fullmatch(theirs):
+            life.facts["client_request_id"] = theirs
+        elif theirs:
+            life.facts["client_request_id_dropped"] = True
+        scope.setdefault("state", {})["life"] = life
+        return life
+
+    async def body(self, scope: dict, headers: Headers, receive: Any) -> bytes:
         """All of it, or an ApiError: too large, too slow, in a form that is not understood."""
         if scope["method"] not in WITH_BODY:
             return b""
         declared = headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > self.max_body:
+        if declared.isdigit() and int(declared[:20]) > self.max_body:
             raise self.too_large()
         if headers.get("content-encoding", "identity").lower() != "identity":
-            raise ApiError(415, "content_encoding", "Compressed bodies are not taken: send it as it is.")
-        found = bytearray()
+            raise ApiError(415, "content_encoding", "Compressed bodies are not taken: send it as it is.", headers=CLOSE)
+        found, more = bytearray(), True
         try:
             async with asyncio.timeout(self.body_timeout):
-                more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -91,19 +93,36 @@ class Guard:
                     if len(found) > self.max_body:
                         raise self.too_large()
         except TimeoutError as error:
-            raise ApiError(408, "body_timeout", f"The body did not come within {self.body_timeout:g} s.",
-                           headers={"connection": "close"}) from error  # fmt: skip
+            raise ApiError(
+                408, "body_timeout", f"The body did not come within {self.body_timeout:g} s.", headers=CLOSE
+            ) from error
         return bytes(found)
 
     def too_large(self) -> ApiError:
-        return ApiError(413, "body_too_large", f"The body is larger than {self.max_body:,} bytes.", headers={"connection": "close"})
+        return ApiError(413, "body_too_large", f"The body is larger than {self.max_body:,} bytes.", headers=CLOSE)
 
 
-async def refuse(error: ApiError, send: Any) -> None:
-    body = orjson.dumps(error.body)
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.all_headers}
-    await send({
-        "type": "http.response.start", "status": error.status,
-        "headers": [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()],
-    })  # fmt: skip
-    await send({"type": "http.response.body", "body": body})
+CLOSE = {"connection": "close"}
+BROKEN = ApiError(500, "internal_error", "Something is broken here; the log has it under this id.", retry=True)
+
+
+class Sending:
+    """send(), with what every answer carries, and a look at how long the reader makes us wait."""
+
+    def __init__(self, life: Life, send: Any) -> None:
+        self.life, self.send, self.started = life, send, False
+
+    async def __call__(self, message: dict) -> None:
+        life = self.life
+        if message["type"] == "http.response.start":
+            self.started, life.status = True, message["status"]
+            message["headers"] = [*message["headers"], *own_headers(life, message["headers"])]
+        before = life.clock()
+        await self.send(message)
+        life.blocked_s += life.clock() - before
+
+
+def own_headers(life: Life, given: list) -> list[tuple[bytes, bytes]]:
+    names = {name.lower() for name, _ in given}
+    mine = {"x-request-id": life.facts.get("client_request_id", life.id), "server-timing": server_timing(life.split())}
+    return [(name.encode(), value.encode()) for name, value in mine.items() if name.encode() not in names]

@@ -1,65 +1,88 @@
 """The life of one request: when each thing happened, how it ended, and the parts that its time adds up to."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from engine.request import Timeline
-
-PARTS = ("parse", "admit", "tokenize", "queue", "prefill", "decode", "between", "send")
+from engine.request import Request, Timeline
 
 
 @dataclass(eq=False)
 class Life:
     """clock: the engine's, so that both speak of the same moments.
 
-    marks: the moment at which each part ended, in the order in which they happened. outcome: how it is counted.
+    parts: seconds of what the service does itself. outcome: how it is counted. facts: for the log line.
     """
 
     clock: Callable[[], float]
     id: str
     start_s: float = 0.0
-    marks: dict[str, float] = field(default_factory=dict)
-    send_blocked_s: float = 0.0
+    opened_s: float = 0.0  # when its body was there
+    admitted_s: float = 0.0
+    endpoint: str = "other"
+    parts: dict[str, float] = field(default_factory=dict)
+    blocked_s: float = 0.0  # waiting for the reader
+    first_byte_s: float | None = None
     outcome: str = "ok"
     error_code: str | None = None
     status: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)  # for the log line
-    timelines: list[Timeline] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)  # the engine's, one for each answer
 
-    def mark(self, part: str) -> None:
-        self.marks[part] = self.clock()
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part with clock readings of its own, at its beginning and at its end."""
+        begin = self.clock()
+        try:
+            yield
+        finally:
+            self.parts[name] = self.parts.get(name, 0.0) + self.clock() - begin
 
-    def split(self, end_s: float | None = None) -> dict[str, float]:
-        """Seconds of each part; with "total", measured by itself, and "other", what is left of it.
+    def routed(self) -> None:
+        """The route's own code begins: the way there from the guard, which set opened_s, is a part too."""
+        self.parts["route"] = self.clock() - self.opened_s
 
-        queue: from the engine's door to the first step. prefill and decode: in steps, up to the first token and after
-        it. between: in the engine, but in no step. Of several answers, those of the longest-lived one.
+    def failed(self, outcome: str, code: str) -> None:
+        self.outcome, self.error_code = outcome, code
+
+    @property
+    def last(self) -> Request | None:
+        """Of several answers the one that ended last: its times and the service's make up the whole."""
+        return max(self.requests, key=lambda one: one.timeline.finished or float("inf"), default=None)
+
+    def split(self) -> dict[str, float]:
+        """Seconds of each part until now, and of the whole ("total"), which has clock readings of its own.
+
+        receive, route, parse, admit, tokenize: the service. queue: waiting for the first step. prefill and decode: in
+        steps, up to the first token and after it. between: in the engine, but between two steps. deliver: from the last
+        token until now. What the total has more than the parts is unexplained; it is told too.
         """
-        end_s = self.clock() if end_s is None else end_s
-        found, last = {}, self.start_s
-        for part in ("parse", "admit", "tokenize"):
-            if part in self.marks:
-                found[part] = self.marks[part] - last
-                last = self.marks[part]
-        if self.timelines:
-            found |= engine_parts(max(self.timelines, key=lambda line: line.finished or end_s), last, end_s)
-        total = end_s - self.start_s
-        return found | {"other": max(total - sum(found.values()), 0.0), "total": total}
+        now = self.clock()
+        found = dict(self.parts)
+        if self.last is not None:
+            found |= engine_parts(self.last.timeline, now)
+        total = now - self.start_s
+        return found | {"unexplained": total - sum(found.values()), "total": total}
 
 
-def engine_parts(line: Timeline, asked_s: float, end_s: float) -> dict[str, float]:
+def engine_parts(line: Timeline, now: float) -> dict[str, float]:
+    end = now if line.finished is None else line.finished
     if line.admitted is None:
-        return {"queue": (line.finished or end_s) - asked_s}
-    first = line.tokens[0] if line.tokens else line.finished or end_s
-    last = line.finished or end_s
-    prefill = sum(end - start for start, end, _ in line.slices if end <= first)
-    decode = sum(end - start for start, end, _ in line.slices if end > first)
-    queue = line.admitted - asked_s
-    return {"queue": queue, "prefill": prefill, "decode": decode, "between": last - asked_s - queue - prefill - decode,
-            "deliver": end_s - last}  # fmt: skip
+        return {"queue": end - line.arrived, "deliver": now - end}
+    steps = line.slices
+    first = line.tokens[0] if line.tokens else end
+    edges = [(line.admitted, line.admitted), *((start, stop) for start, stop, *_ in steps)]
+    return {
+        "queue": line.admitted - line.arrived,
+        "prefill": sum(stop - start for start, stop, *_ in steps if stop <= first),
+        "decode": sum(stop - start for start, stop, *_ in steps if stop > first),
+        "between": sum(start - before for (_, before), (start, _) in pairwise(edges)) + max(end - edges[-1][1], 0.0),
+        "deliver": now - end,
+    }
 
 
-def server_timing(parts: dict[str, float], names: Sequence[str] | None = None) -> str:
+def server_timing(parts: Mapping[str, float]) -> str:
     """The header of that name: milliseconds. https://www.w3.org/TR/server-timing/"""
-    return ", ".join(f"{name};dur={seconds * 1e3:.2f}" for name, seconds in parts.items() if not names or name in names)
+    return ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in parts.items())

@@ -1,26 +1,50 @@
-"""What can be seen from outside: metrics for Prometheus, a line in the log for every request, the last lives in memory."""
+"""What can be seen from outside: metrics for Prometheus, a log line for every request, the last lives in memory."""
 
 import json
-import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.gc_collector import GCCollector
 
-from service.life import Life
-
 PREFIX = "llmserve"
+ENDPOINTS = {
+    "/v1/chat/completions": "chat", "/v1/completions": "completions", "/v1/models": "models", "/metrics": "metrics",
+    "/health": "health", "/health/live": "health", "/health/ready": "health", "/capacity": "capacity",
+    "/config": "config",
+}  # fmt: skip
 OUTCOMES = ("ok", "client_error", "rate_limited", "shed_queue", "shed_deadline", "shed_memory", "shed_drain", "timeout",
             "cancelled", "engine_error")  # fmt: skip
-WASTES = ("disconnect", "deadline", "preempt", "engine_error")
 # As OpenTelemetry has them for time to the first token and for a whole request, with longer ones for CPUs.
-FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 320)
+FIRST_TOKEN_S = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    320,
+)
 PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 WHOLE_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 160, 320)
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+ERROR_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LIVES_KEPT = 500
 
 
@@ -43,50 +67,55 @@ class Metrics:
 
         Info(f"{PREFIX}_build", "what runs here", registry=registry).info(dict(info))
         self.requests = counter("requests", "requests by how they ended", "endpoint", "outcome")
-        self.whole = histogram("request_duration_seconds", "from a request's first byte to its answer's last", WHOLE_S)
+        self.whole = histogram("request_duration_seconds", "of completions, from arrival to the last byte", WHOLE_S)
         self.first_token = histogram("time_to_first_token_seconds", "from arrival to the first token", FIRST_TOKEN_S)
-        self.per_token = histogram("time_per_output_token_seconds", "between tokens after the first, mean of an answer", PER_TOKEN_S)
+        self.per_token = histogram(
+            "time_per_output_token_seconds", "between tokens after the first, mean of an answer", PER_TOKEN_S
+        )
         self.queue = histogram("queue_time_seconds", "waiting for the first step", WHOLE_S)
         self.prefill = histogram("prefill_time_seconds", "in steps, up to the first token", WHOLE_S)
         self.decode = histogram("decode_time_seconds", "in steps, after the first token", WHOLE_S)
         self.send_blocked = histogram("send_blocked_seconds", "waiting for the reader", WHOLE_S)
-        self.prompt_tokens = counter("prompt_tokens", "tokens of prompts", "cached")
+        self.prompt_tokens = counter("prompt_tokens", "tokens of prompts; cached: found in the prefix cache", "cached")
         self.generated_tokens = counter("generated_tokens", "new tokens")
-        self.wasted_tokens = counter("wasted_tokens", "computed for nobody", "reason")
+        self.wasted_tokens = counter("wasted_tokens", "tokens computed for nobody", "reason")
         self.running = gauge("requests_running", "answers that hold memory")
         self.waiting = gauge("requests_waiting", "answers in the queue")
         self.queued_tokens = gauge("queued_tokens", "what all requests in the house may add up to")
-        self.kv_usage = gauge("kv_cache_usage_ratio", "held blocks of all")
+        self.kv_usage = gauge("kv_cache_usage_ratio", "blocks held, of all")
         self.kv_blocks = gauge("kv_blocks_total", "blocks of keys and values")
         self.kv_block_size = gauge("kv_block_size_tokens", "tokens of a block")
-        self.predicted_wait = gauge("admission_predicted_wait_seconds", "what a newcomer would wait")
+        self.predicted_wait = gauge(
+            "admission_predicted_wait_seconds", "what a newcomer would wait for its first token"
+        )
         self.prediction_error = histogram(
-            "admission_prediction_error_ratio", "|predicted - real| / real wait for the first token",
-            (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1, 2, 5),
-        )  # fmt: skip
+            "admission_prediction_error_seconds", "|predicted - real| wait for the first token", ERROR_S
+        )
         self.step = histogram("engine_step_seconds", "a step of the engine", STEP_S)
-        self.progress = gauge("engine_last_progress_timestamp_seconds", "when the engine last ended a step")
+        self.progress = gauge("engine_last_progress_timestamp_seconds", "when the engine last began or ended a step")
         self.restarts = counter("engine_restarts", "engines that were replaced", "reason")
         self.retries = counter("client_retries", "requests that were sent again, by the client's own count")
         self.loop_lag = histogram("event_loop_lag_seconds", "how late the event loop wakes up", STEP_S)
         self.law = gauge("law_ok", "1 while the books agree", "law")
-        self.memory = gauge("device_memory_bytes", "memory in use", "kind")
+        self.memory = gauge("device_memory_bytes", "memory by kind", "kind")
         self.utilisation = gauge("device_utilization_ratio", "how busy the device is")
+        self.log_lost = counter("log_lines_lost", "log lines that could not be written")
 
 
 class RequestLog:
-    """One JSON line per request. A log that cannot be written is counted, and the service goes on."""
+    """One JSON line per event. A log that cannot be written is counted, and the service goes on."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.lost = stream, 0
+    def __init__(self, stream: TextIO, lost: Counter | None = None) -> None:
+        self.stream, self.lost = stream, lost
 
     def write(self, event: str, **facts: Any) -> None:
-        line = {"ts": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z", "level": "info", "event": event} | facts
+        line = {"ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event} | facts
         try:  # JSON escapes control characters: nobody can begin a line of his own
             self.stream.write(json.dumps(line, ensure_ascii=True, default=str) + "\n")
             self.stream.flush()
         except (OSError, ValueError):
-            self.lost += 1
+            if self.lost:
+                self.lost.inc()
 
 
 class Lives:
@@ -95,10 +124,16 @@ class Lives:
     def __init__(self, keep: int = LIVES_KEPT) -> None:
         self.keep, self.kept = keep, OrderedDict()
 
-    def add(self, life: Life, facts: Mapping[str, Any]) -> None:
-        self.kept[life.id] = dict(facts)
+    def add(self, id: str, facts: Mapping[str, Any]) -> None:
+        self.kept[id] = dict(facts)
         while len(self.kept) > self.keep:
             self.kept.popitem(last=False)
 
-    def get(self, request_id: str) -> dict[str, Any] | None:
-        return self.kept.get(request_id)
+    def latest(self, count: int = 20) -> list[dict[str, Any]]:
+        """The newest first: id, how it ended, how long it took."""
+        newest = list(self.kept.items())[: -count - 1 : -1]
+        names = ("outcome", "status", "t_total", "prompt_tokens", "completion_tokens")
+        return [{"id": id} | {name: facts.get(name) for name in names} for id, facts in newest]
+
+    def get(self, id: str) -> dict[str, Any] | None:
+        return self.kept.get(id)

@@ -1,7 +1,7 @@
 """Messages to token ids, on threads of their own: the event loop goes on while a long text is tokenised.
 
-What a client writes is text, never control: special tokens in it (<|im_end|> and the like) are encoded letter by letter,
-so that nobody can end his own message and begin the system's.
+What a client writes is text, never control: special tokens in it (<|im_end|> and the like) are encoded letter by
+letter, so that nobody can end his own message and begin the system's.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class Prompts:
             self.core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(
-                f"{folder} holds no tokenizer.json that can be read ({error}): the service needs one beside the weights."
+                f"{folder} holds no tokenizer.json that can be read ({error}): the service needs it beside the weights."
             ) from error
         self.literal = tokenizers.Tokenizer.from_str(self.core.to_str())
         self.literal.encode_special_tokens = True
@@ -56,6 +56,17 @@ class Prompts:
         if isinstance(asked, CompletionRequest) and not isinstance(asked.prompt, str):
             return len(asked.prompt)
         return int(sum(len(text.encode()) for text in asked.texts) / BYTES_PER_TOKEN) + 8
+
+    def surely_longer_than(self, asked: ChatRequest | CompletionRequest, tokens: int) -> bool:
+        """Whether no tokenizer need be asked: even its longest tokens would be more than that."""
+        if isinstance(asked, CompletionRequest) and not isinstance(asked.prompt, str):
+            return len(asked.prompt) > tokens
+        return sum(len(text.encode()) for text in asked.texts) > tokens * self.longest
+
+    def token(self, token: int) -> tuple[str, bytes]:
+        """What one token reads as, and its bytes: a character may be spread over several tokens."""
+        found = bytes_of(self.core.id_to_token(token) or "")
+        return found.decode(errors="replace"), found
 
     async def ids(self, asked: ChatRequest | CompletionRequest) -> list[int]:
         """ApiError 400 when the template does not take these messages."""
@@ -80,7 +91,9 @@ class Prompts:
         try:
             return self.template.render(messages=messages, add_generation_prompt=True, tools=None, **self.names)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise invalid(f"The model's chat template does not take these messages: {str(error)[:300]}.", "messages") from error
+            raise invalid(
+                f"The model's chat template does not take these messages: {str(error)[:300]}.", "messages"
+            ) from error
 
     def joined(self, text: str, typed: "Typed", add_special: bool = False) -> list[int]:
         """The ids of a text, with what was taken out encoded as the letters that it is."""
@@ -112,6 +125,25 @@ class Typed:
     def split(self, text: str) -> list[str]:
         """Text, number, text, number, …, text."""
         return re.split(rf"{self.mark}-(\d+);", text) if self.found else [text]
+
+
+def bytes_of(name: str) -> bytes:
+    """The bytes behind a token's name in a vocabulary: byte-level as GPT-2 writes it, else as SentencePiece does."""
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return bytes([int(name[3:5], 16)])
+    if all(letter in BYTE_OF for letter in name):
+        return bytes(BYTE_OF[letter] for letter in name)
+    return name.replace("\u2581", " ").encode()
+
+
+def byte_letters() -> dict[str, int]:
+    """GPT-2's letter for every byte: printable ones stand for themselves, the others for letters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF = byte_letters()
 
 
 def template_text(folder: Path, settings: Mapping[str, Any]) -> str | None:

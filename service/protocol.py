@@ -13,7 +13,7 @@ from engine.answer import Answer
 from engine.request import Choice
 
 REASONS = {"stop": "stop", "length": "length", "cancelled": "stop"}
-Token = Callable[[int], str]  # what one token reads as
+Token = Callable[[int], tuple[str, bytes]]  # what one token reads as, and its bytes
 
 
 @dataclass
@@ -74,9 +74,9 @@ class Reply:
         if self.chat:
             return {"content": [self.chat_token(choice) for choice in choices], "refusal": None}
         return {
-            "tokens": [self.token(choice.token) for choice in choices],
+            "tokens": [self.token(choice.token)[0] for choice in choices],
             "token_logprobs": [choice.logprob for choice in choices],
-            "top_logprobs": [{self.token(t): value for t, value in choice.top} for choice in choices],
+            "top_logprobs": [{self.token(t)[0]: value for t, value in choice.top} for choice in choices],
         }
 
     def chat_token(self, choice: Choice) -> dict[str, Any]:
@@ -84,8 +84,8 @@ class Reply:
         return self.one_token(choice.token, choice.logprob) | {"top_logprobs": top}
 
     def one_token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.token(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text, raw = self.token(token)
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
 
 def usage(prompt_tokens: int, answers: Sequence[Answer], timing: dict[str, float]) -> dict[str, Any]:

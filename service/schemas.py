@@ -3,7 +3,6 @@
 Strict: "0.5" is no number and 1.0 no integer, as OpenAI has it. Limits bound what a client can make the server hold.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
@@ -12,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from engine.request import Sampling
 from service.errors import ApiError, invalid
 
-MOST_MESSAGES, MOST_PARTS, MOST_STOPS, MOST_BIASES = 2048, 64, 4, 300
+MOST_MESSAGES, MOST_PARTS, MOST_STOPS, MOST_BIASES, MOST_CHOICES = 2048, 64, 4, 300, 8
 UNSUPPORTED = {
-    "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format", "audio", "prediction",
-    "modalities", "reasoning_effort", "verbosity", "web_search_options", "best_of", "suffix", "echo", "prompt_logprobs",
-    "tool_calls", "tool_call_id", "structured_outputs", "guided_json", "use_beam_search",
+    "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format", "audio",
+    "prediction", "modalities", "reasoning_effort", "verbosity", "web_search_options", "best_of", "suffix", "echo",
+    "prompt_logprobs", "tool_calls", "tool_call_id", "structured_outputs", "guided_json", "use_beam_search",
 }  # fmt: skip
 WITHOUT_EFFECT = {"response_format": {"type": "text"}, "modalities": ["text"], "best_of": 1, "echo": False}
 
@@ -60,8 +59,10 @@ class Asked(Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] | None = None
-    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] | None = (
+        None
+    )
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
@@ -161,7 +162,7 @@ Kind = TypeVar("Kind", ChatRequest, CompletionRequest)
 
 
 def parsed(raw: bytes) -> dict[str, Any]:
-    """The JSON object in a body. orjson takes no NaN, no lone surrogates, no endless nesting; of two equal keys the last."""
+    """The JSON object in a body. No NaN, no lone surrogates, no endless nesting; of two equal keys the last counts."""
     try:
         found = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -185,13 +186,15 @@ def validated(kind: type[Kind], body: dict[str, Any], *, ignore_unknown: bool) -
     try:
         return kind.model_validate(body), ignored
     except ValidationError as error:
-        raise explained(error, body) from error
+        raise explained(error) from error
 
 
-def explained(error: ValidationError, body: Mapping[str, Any]) -> ApiError:
+def explained(error: ValidationError) -> ApiError:
     """The first thing that pydantic found, in a sentence of ours."""
     first = error.errors(include_url=False, include_context=True)[0]
-    where = [part for part in first["loc"] if isinstance(part, int) or part in KNOWN_NAMES or not first["loc"].index(part)]
+    where = [
+        part for part in first["loc"] if isinstance(part, int) or part in KNOWN_NAMES or not first["loc"].index(part)
+    ]
     param = ".".join(str(part)[:64] for part in where) or None
     last = str(first["loc"][-1])[:64] if first["loc"] else ""
     if first["type"] == "extra_forbidden":

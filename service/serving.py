@@ -1,147 +1,215 @@
 """A request's way through the service: admitted, tokenised, handed to the engine, followed to its end.
 
-    checked (app.py) -> rates -> admission -> tokenised -> engine -> streamed or gathered -> books closed
+    checked (app.py) -> rate limits -> admission -> tokenised -> engine -> streamed or gathered -> closed
 
 Whatever happens on the way, the last step is the same: what is still computed for it is cancelled, and its places are
 given back.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from engine.request import Refusal, Sampling
+from engine.answer import Answer
+from engine.request import Refusal
 from service.admission import Admission, Ticket
 from service.bridge import Bridge, Stream
 from service.errors import ApiError, invalid, too_long
 from service.life import Life
+from service.limits import RateLimits
 from service.prompts import Prompts
-from service.schemas import ChatRequest, CompletionRequest
+from service.schemas import MOST_CHOICES, ChatRequest, CompletionRequest
 from service.settings import ServeConfig
 
 LEGACY_NEW_TOKENS = 16  # what OpenAI's completions endpoint gives without a limit
+UNLIMITED = 1 << 20  # the context to reckon with where a model names none
+POLL_S = 0.05  # how often a drain looks whether everybody has gone
 
 
 @dataclass(eq=False)
 class Job:
-    """One admitted request. deadline_s: a reading of the clock."""
+    """One admitted request. deadline_s: a reading of the clock. drawn: tokens taken from its rate limit."""
 
     asked: ChatRequest | CompletionRequest
     life: Life
+    key: str
     ticket: Ticket
     deadline_s: float
+    drawn: int
+    stream: Stream = field(default_factory=Stream)
     prompt_tokens: int = 0
-    streams: list[Stream] = field(default_factory=list)
+    ended_by: ApiError | None = None  # somebody else ends it: the service itself
 
     @property
-    def answers(self) -> list:
-        return [stream.answer for stream in self.streams]
+    def answers(self) -> list[Answer]:
+        return self.stream.answers
 
 
 class Serving:
     """The parts of the service, wired. clock: the engine's."""
 
     def __init__(
-        self, settings: ServeConfig, bridge: Bridge, prompts: Prompts, admission: Admission, clock: Callable[[], float]
-    ) -> None:
-        self.settings, self.bridge, self.prompts, self.admission, self.clock = settings, bridge, prompts, admission, clock
+        self, settings: ServeConfig, bridge: Bridge, prompts: Prompts, admission: Admission, limits: RateLimits,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.settings, self.bridge, self.prompts = settings, bridge, prompts
+        self.admission, self.limits, self.clock = admission, limits, clock
+        self.jobs: set[Job] = set()
 
     @property
     def context(self) -> int:
-        return self.bridge.engine.context or 1 << 20
+        return self.bridge.engine.context or UNLIMITED
 
-    async def admit(self, asked: ChatRequest | CompletionRequest, life: Life, patience_s: float, retried: int) -> Job:
+    # ---- in
+
+    async def admit(
+        self, asked: ChatRequest | CompletionRequest, life: Life, key: str, patience_s: float, retry: bool
+    ) -> Job:
         """A place, then the tokens. ApiError: there is no place, or the request cannot be served as it is."""
-        new, n = self.new_tokens(asked, 0), asked.n or 1
-        estimate = min(self.prompts.estimate(asked), self.context)
-        ticket = self.admission.enter(
-            answers=n, prompt_tokens=estimate, new_tokens=new, deadline_s=patience_s, retried=retried
-        )
-        job = Job(asked, life, ticket, life.start_s + patience_s)
-        life.mark("admit")
+        with life.part("admit"):
+            job = self.entered(asked, life, key, patience_s, retry)
         try:
-            ids = await self.prompts.ids(asked)
-            life.mark("tokenize")
-            job.prompt_tokens = len(ids)
-            new = self.new_tokens(asked, len(ids))
-            if not ids:
-                raise invalid("The prompt is empty.", prompt_name(asked))
-            if len(ids) + new > self.context:
-                raise too_long(len(ids), new, self.context, prompt_name(asked))
-            self.admission.correct(ticket, len(ids), new)
-            job.streams = self.bridge.submit(ids, self.sampling(asked, new), n)
-            life.timelines = [stream.answer.request.timeline for stream in job.streams]
-        except Refusal as why:
-            self.admission.leave(ticket)
-            raise invalid(str(why), prompt_name(asked)) from why
+            with life.part("tokenize"):
+                ids = await self.prompts.ids(asked)
+            self.hand_over(job, ids)
         except BaseException:
-            self.admission.leave(ticket)
+            self.close(job)
             raise
         return job
 
+    def entered(
+        self, asked: ChatRequest | CompletionRequest, life: Life, key: str, patience_s: float, retry: bool
+    ) -> Job:
+        n, new = asked.n or 1, self.new_tokens(asked, 0)
+        most = min(self.admission.limits.places, MOST_CHOICES)
+        if n > most:
+            raise invalid(f"n can be at most {most} here.", "n")
+        if new >= self.context:
+            raise too_long("some", new, self.context, "max_tokens")
+        if self.prompts.surely_longer_than(asked, self.context):
+            raise too_long(f"more than {self.context}", new, self.context, prompt_name(asked))
+        estimate = min(self.prompts.estimate(asked), self.context)
+        drawn = estimate + n * new
+        self.limits.draw(key, drawn)
+        try:
+            ticket = self.admission.enter(
+                answers=n, prompt_tokens=estimate, new_tokens=new, deadline_s=patience_s, key=key, retry=retry
+            )
+        except ApiError:
+            self.limits.give_back(key, "requests", 1)
+            self.limits.give_back(key, "tokens", drawn)
+            raise
+        life.admitted_s = self.clock()
+        life.facts |= {"predicted_wait": round(ticket.predicted_s, 4), "deadline": round(patience_s, 3),
+                       "queue_pos": len(self.admission.waiting) - 1}  # fmt: skip
+        job = Job(asked, life, key, ticket, life.start_s + patience_s, drawn)
+        self.jobs.add(job)
+        return job
+
+    def hand_over(self, job: Job, ids: list[int]) -> None:
+        """To the engine. ApiError when it cannot take these tokens."""
+        asked, name = job.asked, prompt_name(job.asked)
+        if not ids:
+            raise invalid("The prompt is empty: say something.", name)
+        new = self.new_tokens(asked, len(ids))
+        if len(ids) + new > self.context:
+            raise too_long(len(ids), new, self.context, name)
+        self.admission.correct(job.ticket, len(ids), new)
+        job.prompt_tokens = len(ids)
+        salt = job.key if self.settings.isolate_keys else ""
+        try:
+            job.stream = self.bridge.submit(ids, asked.sampling(new), asked.n or 1, salt)
+        except Refusal as why:
+            raise invalid(
+                str(why), name if "logit_bias" not in str(why) or not asked.logit_bias else "logit_bias"
+            ) from why
+        job.ticket.progress = job.stream
+        job.life.requests = [answer.request for answer in job.answers]
+
     def new_tokens(self, asked: ChatRequest | CompletionRequest, prompt_tokens: int) -> int:
+        """What was asked for, else what there is room for within the default."""
         if asked.new_tokens is not None:
             return asked.new_tokens
         most = LEGACY_NEW_TOKENS if isinstance(asked, CompletionRequest) else self.settings.max_new_tokens
-        return max(min(most, self.context - prompt_tokens), 1)
+        return max(min(most, self.context - prompt_tokens - 1), 1)
 
-    def sampling(self, asked: ChatRequest | CompletionRequest, new: int) -> Sampling:
-        return asked.sampling(new)
+    # ---- along
 
-    async def follow(self, job: Job) -> AsyncIterator[tuple[int, Stream]]:
-        """(which answer, its stream) whenever one of them has something new. ApiError when it fails or takes too long."""
-        left = dict(enumerate(job.streams))
-        waits = {asyncio.create_task(stream.changed.wait()): i for i, stream in left.items()}
-        try:
-            while left:
-                limit = self.limit_s(job)
-                done, _ = await asyncio.wait(waits, timeout=max(limit - self.clock(), 0), return_when="FIRST_COMPLETED")
-                if not done:
-                    self.out_of_time(job)
-                for task in done:
-                    i = waits.pop(task)
-                    stream = left[i]
-                    yield i, stream
-                    if stream.done and not stream.fresh:
-                        del left[i]
-                        self.raise_if_failed(stream)
-                    else:
-                        waits[asyncio.create_task(stream.changed.wait())] = i
-        finally:
-            for task in waits:
-                task.cancel()
+    async def follow(self, job: Job) -> AsyncIterator[bool]:
+        """True whenever there is something new, and once more at the end; False after `heartbeat` seconds of silence.
+
+        ApiError when it fails, takes too long, or is ended by the service.
+        """
+        stream, beat_s = job.stream, self.settings.heartbeat
+        while True:
+            stream.changed.clear()
+            done = stream.done  # asked before what is new is taken: nothing comes after the end
+            self.raise_if_ended(job)
+            yield True
+            if done:
+                return
+            try:
+                async with asyncio.timeout(max(min(self.limit_s(job) - self.clock(), beat_s), 0)):
+                    await stream.changed.wait()
+            except TimeoutError:
+                if self.clock() >= self.limit_s(job):
+                    raise self.out_of_time(job) from None
+                yield False
 
     def limit_s(self, job: Job) -> float:
-        """Until when something must have happened: until it is started, the queue's patience; then the deadline."""
-        started = any(stream.answer.request.timeline.admitted is not None for stream in job.streams)
-        queue_end = job.life.start_s + self.settings.queue_timeout
-        return job.deadline_s if started else min(job.deadline_s, queue_end)
+        """Until when something must have happened: while it waits the queue's patience counts too."""
+        queue_end_s = job.life.start_s + self.settings.queue_timeout
+        return job.deadline_s if job.stream.started else min(job.deadline_s, queue_end_s)
 
-    def out_of_time(self, job: Job) -> None:
-        if self.clock() < self.limit_s(job):  # it was started meanwhile
-            return
-        started = any(stream.answer.request.timeline.admitted is not None for stream in job.streams)
-        done = sum(len(stream.answer.choices) for stream in job.streams)
-        what = f"{done} tokens were computed" if started else "it never left the queue"
-        raise ApiError(
+    def out_of_time(self, job: Job) -> ApiError:
+        job.stream.why = "deadline"
+        done = job.stream.delivered
+        what = f"{done} new tokens were computed" if job.stream.started else "it never left the queue"
+        return ApiError(
             504, "deadline_exceeded", f"The time for this request is over ({what}): ask for less, or wait longer.",
-            details={"computed_tokens": done}, outcome="timeout",
+            details={"prompt_tokens": job.prompt_tokens, "completion_tokens": done}, outcome="timeout",
         )  # fmt: skip
 
-    def raise_if_failed(self, stream: Stream) -> None:
-        error = stream.answer.request.error
+    def raise_if_ended(self, job: Job) -> None:
+        if job.ended_by is not None:
+            raise job.ended_by
+        error = next((answer.request.error for answer in job.answers if answer.request.error), None)
         if error is not None:
-            raise ApiError(500, "engine_error", f"The engine failed on this request: {error}", retry=True,
-                           outcome="engine_error")  # fmt: skip
+            job.life.facts["error"] = f"{type(error).__name__}: {error}"[
+                :500
+            ]  # for the log: a client learns no insides
+            raise ApiError(
+                500, "engine_error", "The engine failed on this request; the server's log has the reason under its id.",
+                retry=True, outcome="engine_error",
+            )  # fmt: skip
+
+    # ---- out
 
     def close(self, job: Job) -> None:
-        """However it ended: nothing is computed for it any more, and its place is free."""
-        self.bridge.cancel(job.streams)
+        """However it ended: nothing is computed for it any more, and its places are free."""
+        if job not in self.jobs:
+            return
+        self.jobs.remove(job)
+        self.bridge.cancel(job.stream, job.stream.why)
         self.admission.leave(job.ticket)
+        self.limits.give_back(job.key, "tokens", job.drawn - job.prompt_tokens - job.stream.delivered)
+
+    async def drain(self, patience_s: float) -> None:
+        """Let nobody in, wait for those inside, then end what is left."""
+        self.admission.closed = "drain"
+        end_s = self.clock() + patience_s
+        while self.jobs and self.clock() < end_s:
+            await asyncio.sleep(POLL_S)
+        self.end_all()
+        while self.jobs and self.clock() < end_s + 1.0:
+            await asyncio.sleep(POLL_S)
+
+    def end_all(self) -> None:
+        for job in self.jobs:
+            job.ended_by = ApiError(503, "server_shutting_down", "The server is shutting down: ask another one.",
+                                    retry=True, retry_after_s=1.0, outcome="shed_drain")  # fmt: skip
+            job.stream.changed.set()
 
 
 def prompt_name(asked: ChatRequest | CompletionRequest) -> str:
     return "messages" if isinstance(asked, ChatRequest) else "prompt"
-
-
-Sender = Callable[[dict], Awaitable[None]]

@@ -2,26 +2,35 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 from config import UserError, knob
-from engine.load import EngineConfig
+from engine.settings import EngineConfig
 
 SECRET = ("api_key", "api_keys_file")
 
 
 @dataclass(frozen=True)
 class ServeConfig(EngineConfig):
+    """Every field is also an environment variable: LLM_INFER_PORT and so on."""
+
+    env_prefix: ClassVar[str] = "LLM_INFER_"
+
     host: str = knob("127.0.0.1", "the address to listen on; 0.0.0.0 is everybody's")
     port: int = knob(8000, "the port to listen on; 0 takes a free one", least=0, most=65535)
     served_name: str | None = knob(None, "the model's name for clients; by default its own")
     api_key: str | None = knob(None, "clients must send this key (better in the environment than on the command line)")
     api_keys_file: str | None = knob(None, "a file with a key in each line")
-    max_running: int = knob(16, "answers computed at once (max_num_seqs)", least=1)
+    max_running: int = knob(16, "answers computed at once (max_num_seqs); 32 is good on a GPU", least=1)
     max_queued: int = knob(0, "requests that may wait; 0 = twice max_running", least=0)
-    max_queued_tokens: int = knob(0, "tokens that all requests in the house may add up to; 0 = what max_running contexts hold", least=0)
+    max_queued_tokens: int = knob(
+        0, "tokens that all requests in the house may add up to; 0 = what max_running contexts hold", least=0
+    )
     max_new_tokens: int = knob(1024, "new tokens of an answer that names no limit, at most", least=1)
     queue_timeout: float = knob(30.0, "seconds that a request may wait for its first step", least=0.1)
-    request_timeout: float = knob(300.0, "seconds that a request may take; a client's own shorter limit counts", least=0.1)
+    request_timeout: float = knob(
+        300.0, "seconds that a request may take; a client's own shorter limit counts", least=0.1
+    )
     max_body: int = knob(1 << 20, "bytes of a request's body, at most", least=1024)
     body_timeout: float = knob(30.0, "seconds in which a request's body must have come", least=0.1)
     header_timeout: float = knob(10.0, "seconds in which a request's headers must have come", least=0.1)
@@ -31,6 +40,8 @@ class ServeConfig(EngineConfig):
     stall_after: float = knob(60.0, "seconds after which a step that does not end makes /health/live fail", least=0.1)
     requests_per_minute: int = knob(0, "of each key; 0 = no limit", least=0)
     tokens_per_minute: int = knob(0, "of each key, prompt and answer together; 0 = no limit", least=0)
+    isolate_keys: bool = knob(False, "never share a prefix's keys and values between API keys")
+    cors_origin: str | None = knob(None, "let browsers of this origin ask (CORS); * is everybody's")
     ignore_unknown: bool = knob(False, "drop fields that are not known, and name them in x-ignored-params")
     log_prompts: bool = knob(False, "write prompts and answers into the log")
     log_file: str | None = knob(None, "append the log to this file instead of stderr")

@@ -16,7 +16,8 @@ ROWS = {
     "model": 2,
     "engine": 3,
     "batcher": 3,  # its demonstration runs the model; the class itself knows neither torch nor the model
-    "infer": 5, "inspect_prefill_decode": 5, "batch_experiment": 5, "kv_experiment": 5, "report": 5,
+    "service": 4,
+    "infer": 5, "serve": 5, "inspect_prefill_decode": 5, "batch_experiment": 5, "kv_experiment": 5, "report": 5,
     "experiments": 5,
     "benchmarks": 6,  # they may run the scripts themselves
 }  # fmt: skip
@@ -26,8 +27,9 @@ TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.ch
               "lab.arrivals", "lab.simulation", "lab.prompts", "lab.batch_trial", "lab.batch_figures",
               "lab.batch_tables", "lab.batch_words", "lab.batch_window", "lab.batch_plots", "lab.kv_figures",
               "engine.request", "engine.kv_blocks", "engine.scheduler", "engine.engine", "engine.text", "engine.step",
-              "engine.shape",
-              "lab.kv_ledger", "lab.kv_tables", "lab.kv_words", "lab.kv_plots")  # fmt: skip
+              "engine.shape", "engine.settings",
+              "lab.kv_ledger", "lab.kv_tables", "lab.kv_words", "lab.kv_plots", "service.app", "service.assembly",
+              "service.server", "service.capacity")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
 

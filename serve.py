@@ -1,0 +1,100 @@
+"""Day 4. The engine as a service that any OpenAI client can talk to.
+
+Requests share the engine by continuous batching. Who cannot be served in time is told so at once, with the numbers; the
+time of every answer is split into its parts, in its own Server-Timing header and in its usage; what the service does
+lies open at /metrics, /health, /capacity and /debug/requests. Every option is also an environment variable
+(LLM_INFER_PORT=8001); secrets belong there.
+
+    make serve                            # or, in an environment with requirements-serve.txt installed:
+    python3 serve.py                      # on http://127.0.0.1:8000; Ctrl-C finishes what runs, twice ends at once
+    python3 serve.py --max-running 4      # fewer at once, each faster
+    LLM_INFER_API_KEY=secret python3 serve.py --host 0.0.0.0
+"""
+
+import time
+
+STARTED = time.perf_counter()
+
+from config import SERVE_PACKAGES, UserError, check_packages
+
+if __name__ == "__main__":
+    check_packages(*SERVE_PACKAGES, target="serve", requirements="requirements-serve.txt")
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from engine.load import load
+from lab import console
+from lab.card import cpu_model, versions
+from lab.sampler import process_age_s
+from metrics import number
+from service import capacity
+from service.app import make_app
+from service.assembly import LogHandler, Model, assembled
+from service.prompts import Prompts
+from service.server import run
+from service.settings import ServeConfig
+from weights.find import find
+
+
+def main() -> int:
+    settings = ServeConfig.from_cli(__doc__)
+    log = opened(settings.log_file)
+    house = assembled(settings, model_of(settings), log=log)
+    logging.basicConfig(handlers=[LogHandler(house.books.log)], level=logging.WARNING, force=True)
+    if settings.host not in ("127.0.0.1", "localhost", "::1") and not house.keys.hashes:
+        console.warn(f"{settings.host} is open to others and no key is asked for: set LLM_INFER_API_KEY.")
+    try:
+        run(make_app(house), house, ready=lambda address: greet(address, house))
+    except SystemExit:  # uvicorn's way to say that the port is taken
+        raise UserError(
+            f"Port {settings.port} of {settings.host} cannot be had: name another one with --port."
+        ) from None
+    if not house.serving.bridge.stop():
+        os._exit(1)  # a step that hangs cannot be ended otherwise
+    return 0
+
+
+def model_of(settings: ServeConfig) -> Model:
+    """Find and load it, and measure what it does here unless that is known. UserError."""
+    checkpoint = find(settings.model)
+    if checkpoint.folder is None:
+        raise UserError(f"{checkpoint.name} has no tokenizer, which a service needs: name another model.")
+    prompts = Prompts(checkpoint.folder)
+    loaded = load(settings, prompts.decode, checkpoint)
+    about = loaded.about | {"torch": versions()["torch"], "threads": settings.threads}
+    rates, _ = capacity.known(loaded.new_engine, settings.max_running, about, cpu_model())
+    return Model(loaded.new_engine, prompts, rates, about)
+
+
+def opened(log_file: str | None) -> TextIO:
+    try:
+        return Path(log_file).open("a", encoding="utf-8") if log_file else sys.stderr
+    except OSError as error:
+        raise UserError(f"--log-file {log_file} cannot be written ({error.strerror}): name another one.") from error
+
+
+def greet(address: str, house: Any) -> None:
+    """The newcomer's first screen."""
+    found, about = house.watch.capacity(), house.about
+    body = {"model": house.name, "max_tokens": 40, "messages": [{"role": "user", "content": "What is a KV cache?"}]}
+    key = ' -H "Authorization: Bearer $LLM_INFER_API_KEY"' if house.keys.hashes else ""
+    lines = [
+        f"{house.name} ({about['kernel']}, weights {about['weights']}, context {found['context']:,}) at {address}",
+        f"  {found['slots']} slots, {found['queue']} places in the queue, longest wait {found['max_wait_s']:g} s",
+        f"  measured here: {number(found['decode_tokens_per_s_alone'])} tokens/s for one answer, "
+        f"{number(found['decode_tokens_per_s'])} for {found['slots']} together, prompts at "
+        f"{number(found['prefill_tokens_per_s'])} tokens/s",
+        f"  ready {process_age_s():.1f} s after the start; Ctrl-C ends it",
+        "",
+        f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    console.run(main)

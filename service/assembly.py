@@ -1,0 +1,67 @@
+"""The service's parts put together around an engine, a real one or a test's."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from engine.engine import Engine
+from service.admission import Admission, Limits, Rates
+from service.app import House
+from service.books import Books
+from service.bridge import Bridge
+from service.keys import Keys
+from service.limits import RateLimits
+from service.machine import memory_share
+from service.observe import Lives, Metrics, RequestLog
+from service.prompts import Prompts
+from service.serving import UNLIMITED, Serving
+from service.settings import ServeConfig
+from service.watch import Watch
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served. engine: makes one with nothing in it. about: name, hash and the rest of what may be known."""
+
+    engine: Callable[[], Engine]
+    prompts: Prompts
+    rates: Rates
+    about: dict[str, Any]
+
+
+def assembled(
+    settings: ServeConfig, model: Model, *, log: TextIO | None = None, clock: Callable[[], float] = time.perf_counter,
+    memory_used: Callable[[], float] = memory_share,
+) -> House:  # fmt: skip
+    about = {"created": int(time.time())} | model.about
+    metrics = Metrics(
+        {name: str(about.get(name, "")) for name in ("name", "hash", "kernel", "weights", "device", "torch")}
+    )
+    bridge = Bridge(model.engine, clock)
+    keys = Keys(settings.keys())
+    context = bridge.engine.context or UNLIMITED
+    limits = Limits(
+        settings.max_running, settings.queued, settings.max_queued_tokens or context * settings.max_running,
+        settings.queue_timeout, shared=len(keys.hashes) > 1,
+    )  # fmt: skip
+    serving = Serving(
+        settings, bridge, model.prompts, Admission(limits, model.rates),
+        RateLimits(settings.requests_per_minute, settings.tokens_per_minute, clock), clock,
+    )  # fmt: skip
+    request_log = RequestLog(log or sys.stderr, metrics.log_lost)
+    books = Books(metrics, request_log, Lives(), model.prompts.decode if settings.log_prompts else None)
+    return House(serving, keys, books, Watch(serving, metrics, memory_used), about)
+
+
+class LogHandler(logging.Handler):
+    """What libraries and tracebacks say, as lines of the same log: nobody's text can look like a line of its own."""
+
+    def __init__(self, log: RequestLog) -> None:
+        super().__init__(logging.WARNING)
+        self.log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log.write("log", level=record.levelname.lower(), logger=record.name, message=self.format(record))

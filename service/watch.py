@@ -1,0 +1,193 @@
+"""The service watches itself: whether it gets on, whether its books agree, whether its memory suffices.
+
+Three laws that no fault can break unseen. Tokens: what was computed is useful, wasted, or in somebody's answer. Blocks:
+free and held ones are all there are. Little: requests in the house, integrated over time, are the sum of their times in
+it (Little, Operations Research 9(3), 1961); the two sides are counted in different places.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from engine.engine import Engine, StepTimes
+from service.machine import device_busy, device_memory, memory_share
+from service.observe import Metrics
+from service.serving import Serving
+
+LOOK_S = 0.1  # how often the event loop is looked at
+LAWS_S = 5.0  # how often the books are compared
+LITTLE_S = 60.0  # over how much time
+LITTLE_OFF = 0.05
+SHED, RECOVER = 0.95, 0.92  # of the memory that this process may use
+STALL_STEPS = 20  # times the slowest step but one in a hundred
+STEPS_SEEN = 500
+
+
+class Watch:
+    """memory_used: the used share of what there is; handed in so that a test can be short of it."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        metrics: Metrics,
+        memory_used: Callable[[], float] = memory_share,
+        laws_s: float = LAWS_S,
+    ) -> None:
+        self.serving, self.metrics, self.bridge = serving, metrics, serving.bridge
+        self.memory_used, self.laws_s = memory_used, laws_s
+        self.laws = {"tokens": True, "blocks": True, "little": True}
+        self.steps: deque[float] = deque(maxlen=STEPS_SEEN)
+        self.checked_s = self.bridge.clock()
+        self.windows: deque[tuple[float, float, float]] = deque()  # (clock, area, residence)
+        self.counted: dict[Any, float] = {}
+        self.bridge.watch = self.on_step
+
+    # ---- in the engine's thread
+
+    def on_step(self, engine: Engine, times: StepTimes | None) -> None:
+        if times is not None:
+            took_s = times.end - times.start
+            self.steps.append(took_s)
+            self.metrics.step.observe(took_s)
+            self.serving.admission.rates.learn(times.tokens, times.requests, took_s)
+        now_s = self.bridge.clock()
+        if now_s - self.checked_s >= self.laws_s:
+            self.checked_s = now_s
+            self.laws["tokens"] = self.tokens_agree(engine)
+            self.laws["blocks"] = self.blocks_agree(engine)
+
+    def tokens_agree(self, engine: Engine) -> bool:
+        bridge = self.bridge
+        unfinished = sum(request.spent for request in engine.answers)
+        return bridge.count("computed") == bridge.useful + sum(bridge.wasted.values()) + unfinished
+
+    def blocks_agree(self, engine: Engine) -> bool:
+        try:
+            engine.scheduler.check()
+        except AssertionError:
+            return False
+        return True
+
+    # ---- in the event loop
+
+    @contextlib.asynccontextmanager
+    async def awake(self) -> AsyncIterator[None]:
+        looking = asyncio.create_task(self.look())
+        try:
+            yield
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+
+    async def look(self) -> None:
+        loop, next_laws_s = asyncio.get_running_loop(), 0.0
+        while True:
+            due_s = loop.time() + LOOK_S
+            await asyncio.sleep(LOOK_S)
+            self.metrics.loop_lag.observe(max(loop.time() - due_s, 0.0))
+            if loop.time() >= next_laws_s:
+                next_laws_s = loop.time() + 1.0
+                self.guard_memory()
+                self.laws["little"] = self.little_agrees()
+
+    def guard_memory(self) -> None:
+        admission, used = self.serving.admission, self.memory_used()
+        if admission.closed is None and used >= SHED:
+            admission.closed = "memory"
+        elif admission.closed == "memory" and used < RECOVER:
+            admission.closed = None
+
+    def little_agrees(self) -> bool:
+        """Over the last minute. Says nothing while too little has happened."""
+        now_s = self.bridge.clock()
+        area_s, residence_s = self.bridge.in_house.area_s(now_s), self.bridge.residence_s
+        residence_s += sum(
+            now_s - answer.request.timeline.arrived
+            for job in self.serving.jobs
+            for answer in job.answers
+            if not answer.done
+        )
+        self.windows.append((now_s, area_s, residence_s))
+        while len(self.windows) > 1 and self.windows[1][0] <= now_s - LITTLE_S:
+            self.windows.popleft()
+        _, area_then, residence_then = self.windows[0]
+        area_s, residence_s = area_s - area_then, residence_s - residence_then
+        return area_s < 1.0 or abs(area_s - residence_s) <= LITTLE_OFF * area_s
+
+    # ---- what it says
+
+    def stall_limit_s(self) -> float:
+        slowest = sorted(self.steps)[int(len(self.steps) * 0.99) - 1] if self.steps else 0.0
+        return max(self.serving.settings.stall_after, STALL_STEPS * slowest)
+
+    def alive(self) -> dict[str, Any]:
+        """Idle is alive, and so is busy; a step that does not end is not."""
+        stalled_s, limit_s = self.bridge.stalled_s(), self.stall_limit_s()
+        dead = not self.bridge.thread.is_alive()
+        found = {"status": "stalled" if stalled_s > limit_s or dead else "ok", "running": self.bridge.state.running,
+                 "last_step_age_s": round(stalled_s, 3), "threshold_s": round(limit_s, 3)}  # fmt: skip
+        return found | ({"reason": "the engine's thread has ended"} if dead else {})
+
+    def admitting(self) -> dict[str, Any]:
+        """Whether a new request would be let in, and if not, why."""
+        admission, bridge = self.serving.admission, self.bridge
+        why = None
+        if self.alive()["status"] != "ok":
+            why = "stalled"
+        elif admission.closed:
+            why = admission.closed
+        elif not bridge.ready:
+            why = "the engine is being replaced"
+        elif admission.answers >= admission.limits.places:
+            why = "full"
+        return {"ready": why is None, "reason": why, "requests": admission.answers, "places": admission.limits.places}
+
+    def health(self) -> dict[str, Any]:
+        broken = [name for name, holds in self.laws.items() if not holds]
+        status = self.alive()["status"]
+        if status == "ok" and self.serving.admission.closed == "drain":
+            status = "draining"
+        elif status == "ok" and (broken or self.serving.admission.closed):
+            status = "degraded"
+        return {"status": status, "broken_laws": broken, "live": self.alive(), "ready": self.admitting(),
+                "engine_restarts": self.bridge.restarts}  # fmt: skip
+
+    def capacity(self) -> dict[str, Any]:
+        admission = self.serving.admission
+        limits, rates = admission.limits, admission.rates
+        return {
+            "slots": limits.slots, "queue": limits.queued, "tokens": limits.tokens, "context": self.serving.context,
+            "decode_tokens_per_s": round(limits.slots / rates.step(limits.slots), 1),
+            "decode_tokens_per_s_alone": round(1 / rates.step(1), 1),
+            "prefill_tokens_per_s": round(rates.prefill_tokens_s / rates.drift, 1), "drift": round(rates.drift, 3),
+            "max_wait_s": limits.patience_s, "predicted_wait_s": round(admission.predicted_wait_s(1, 100), 3),
+            "requests": admission.answers, "waiting": self.bridge.state.waiting, "running": self.bridge.state.running,
+        }  # fmt: skip
+
+    def refresh(self) -> None:
+        """Bring the figures that are only looked up when somebody asks."""
+        m, bridge, state, admission = self.metrics, self.bridge, self.bridge.state, self.serving.admission
+        m.running.set(state.running)
+        m.waiting.set(state.waiting)
+        m.queued_tokens.set(admission.tokens)
+        m.kv_usage.set(state.kv_held / max(state.kv_blocks, 1))
+        m.kv_blocks.set(state.kv_blocks)
+        m.kv_block_size.set(bridge.engine.scheduler.blocks.size)
+        m.predicted_wait.set(admission.predicted_wait_s(1, 100))
+        m.progress.set(bridge.progress_at())
+        for law, holds in self.laws.items():
+            m.law.labels(law).set(holds)
+        self.raise_to(m.generated_tokens, bridge.count("delivered"))
+        self.raise_to(m.restarts.labels("step_failed"), bridge.restarts)
+        for reason, tokens in dict(bridge.wasted).items():
+            self.raise_to(m.wasted_tokens.labels(reason), tokens)
+        for kind, value in device_memory().items():
+            m.memory.labels(kind).set(value)
+        m.utilisation.set(device_busy())
+
+    def raise_to(self, counter: Any, total: float) -> None:
+        """Counters only go up, by what has come since the last look."""
+        counter.inc(total - self.counted.get(counter, 0))
+        self.counted[counter] = total
