@@ -1,0 +1,167 @@
+"""Fault matrix B1: what comes over the wire before anybody knows what is wanted. The numbers are the matrix's."""
+
+import gzip
+import json
+import socket
+import time
+
+import pytest
+from service_kit import chat_body, raw_request, read_all, read_until, served
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def here(checkpoint_folder):
+    with served(checkpoint_folder, max_body=20_000, header_timeout=1.0, body_timeout=1.0) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("number", "raw"),
+    [
+        (1, b'{"a":'), (2, b""), (3, b"[]"), (3, b'"x"'), (3, b"null"), (10, b"[" * 10_000), (10, b'{"a":' * 3_000),
+        (11, json.dumps(chat_body()).encode("utf-16")), (11, b"\xef\xbb\xbf" + json.dumps(chat_body()).encode()),
+        (11, b'{"model": "\xff"}'), (11, b'{"model": "\xed\xa0\x80"}'), (11, b'{"model": "\\ud800"}'),
+        (13, b'{"temperature": NaN}'), (13, b'{"temperature": Infinity}'), (13, b'{"temperature": -Infinity}'),
+        (13, b'{"temperature": 1e999}'), (14, b'{"seed": ' + b"9" * 5_000 + b"}"),
+    ],
+)  # fmt: skip
+def test_b1_2_3_10_11_13_14_what_is_no_json_object(here, number: int, raw: bytes):
+    before = time.monotonic()
+    reply = here.ask(CHAT, raw)
+    assert time.monotonic() - before < 0.5, number
+    assert (reply.status, reply.error["code"]) == (400, "invalid_json")
+    assert reply.error["type"] == "invalid_request_error" and reply.error["param"] is None
+    assert len(reply.body) <= 1024
+    assert here.runner.steps == 4, "only the probe was computed"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+def test_b4_another_content_type(here, kind: str):
+    reply = here.ask(CHAT, chat_body(), Content_Type=kind)
+    assert (reply.status, reply.error["code"]) == (415, "content_type")
+
+
+def test_b5_too_large_by_its_own_word_is_refused_unread(here):
+    with here.open() as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n".encode())
+        answer = read_all(connection)
+    assert b" 413 " in answer and b"connection: close" in answer.lower() and b"body_too_large" in answer
+
+
+def test_b6_too_large_in_chunks_is_refused_at_the_limit(here):
+    with here.open() as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        for _ in range(30):
+            connection.sendall(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
+        answer = read_all(connection)
+    assert b" 413 " in answer and b"body_too_large" in answer
+
+
+def test_b7_a_body_shorter_than_it_said(here):
+    with here.open() as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{{".encode())
+        connection.shutdown(socket.SHUT_WR)
+        read_all(connection)
+    line = here.until(lambda: [one for one in here.lines() if one.get("error_code") == "incomplete_body"])[0]
+    assert line["outcome"] == "client_error"
+
+
+def test_b8_headers_letter_by_letter(here):
+    with here.open() as connection:
+        begin = time.monotonic()
+        connection.sendall(b"POST / HTTP/1.1\r\n")
+        connection.settimeout(0.2)
+        while time.monotonic() - begin < 10:
+            try:
+                connection.sendall(b"X")
+                if connection.recv(1) == b"":
+                    break
+            except TimeoutError:
+                assert here.ask("/health/live").status == 200
+            except OSError:
+                break
+    assert 0.8 < time.monotonic() - begin < 10  # the limit is 1 s here
+
+
+def test_b8_the_same_on_a_connection_that_was_used_before(here):
+    with here.open() as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        read_until(connection, b"threshold_s")
+        begin = time.monotonic()
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nX: ")
+        assert read_all(connection) == b"}" or time.monotonic() - begin < 10
+
+
+def test_b9_a_slow_body(here):
+    with here.open() as connection:
+        begin = time.monotonic()
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{{".encode())
+        answer = read_all(connection)
+    assert b" 408 " in answer and b"x-should-retry: false" in answer and b"connection: close" in answer
+    assert 0.8 < time.monotonic() - begin < 10
+    assert not here.admission.inside
+
+
+def test_b12_of_two_equal_keys_the_last_counts(here):
+    raw = b'{"model": "no", "max_tokens": 2, "messages": [{"role": "user", "content": "x"}], "model": "tiny"}'
+    assert here.ask(CHAT, raw).status == 200
+
+
+def test_b15_unknown_path_and_wrong_method(here):
+    missing = here.ask("/v2/nothing")
+    assert (missing.status, missing.error["code"]) == (404, "not_found")
+    wrong = here.ask(CHAT, method="GET")
+    assert (wrong.status, wrong.error["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+    assert here.ask("/v1/models", {}, method="DELETE").status == 405
+
+
+def test_b16_head_and_options(here, checkpoint_folder):
+    assert here.ask("/v1/models", method="HEAD").status == 405
+    assert here.ask(CHAT, method="OPTIONS").status == 405
+    with served(checkpoint_folder, cors_origin="https://a.example", api_key="k") as open_to_browsers:
+        asked = {"Origin": "https://a.example", "Access_Control_Request_Method": "POST"}
+        reply = open_to_browsers.ask(CHAT, method="OPTIONS", **asked)  # a preflight carries no key
+        assert reply.status == 200 and reply.headers["access-control-allow-origin"] == "https://a.example"
+
+
+def test_b17_pipelined_requests_and_a_connection_used_again_after_an_error(here):
+    with here.open() as connection:
+        good, bad = raw_request(CHAT, chat_body()), raw_request(CHAT, b"{")
+        connection.sendall(bad + good + good)
+        answer = b""
+        while answer.count(b"HTTP/1.1 ") < 3 or answer.count(b'"usage"') < 2:
+            answer += connection.recv(65536)
+        assert [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]] == [400, 200, 200]
+        connection.sendall(good)
+        assert b" 200 " in read_until(connection, b'"usage"')
+
+
+def test_b17_who_leaves_in_the_middle_of_pipelined_requests_frees_them_all(here):
+    here.runner.hold()
+    connection = here.open()
+    connection.sendall(raw_request(CHAT, chat_body(max_tokens=100)) * 3)
+    here.until(lambda: here.bridge.engine.answers)
+    connection.close()
+    here.until(lambda: not here.house.serving.jobs)
+
+
+@pytest.mark.parametrize("headers", [b"X: " + b"y" * 65536, b"\r\n".join(b"X-%d: y" % i for i in range(500))])
+def test_b18_too_many_headers(here, headers: bytes):
+    with here.open() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n\r\n")
+        answer = read_all(connection)
+    assert b" 431 " in answer and b"header_too_large" in answer and answer.count(b"HTTP/1.1") == 1
+
+
+def test_b18_what_is_no_http(here):
+    with here.open() as connection:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        answer = read_all(connection)
+    assert b" 400 " in answer and json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["code"] == "invalid_http"
+
+
+def test_b19_a_compressed_body_is_not_inflated(here):
+    reply = here.ask(CHAT, gzip.compress(b"0" * 1_000_000), Content_Encoding="gzip")
+    assert (reply.status, reply.error["code"]) == (415, "content_encoding")
