@@ -83,6 +83,13 @@ class Asked(Strict):
             raise ValueError(f"keys must be token ids, and {wrong[:20]!r} is none")
         return bias
 
+    @field_validator("store", mode="before")
+    @classmethod
+    def zero_is_not_false(cls, store: Any) -> Any:
+        if store is not None and not isinstance(store, bool):  # Literal compares by ==, and 0 == False
+            raise ValueError("must be true or false")
+        return store
+
     @model_validator(mode="after")
     def options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
