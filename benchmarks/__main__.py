@@ -34,6 +34,9 @@ ALL = (
     "engine_speed",
     "engine_cost",
     "engine_peers",
+    "serve_cost",
+    "serve_overload",
+    "serve_speed",
 )
 
 
