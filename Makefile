@@ -39,7 +39,7 @@ bench: $(VENV)/.serve
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) .peers .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-openai2 .venv-openai2.lock .peers .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: a step runs again only when its requirements changed.
 $(VENV)/.run: requirements.txt requirements-model.txt

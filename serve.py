@@ -23,13 +23,12 @@ if __name__ == "__main__":
 import json
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from engine.load import load
 from lab import console
-from lab.card import cpu_model, versions
 from lab.sampler import process_age_s
 from metrics import number
 from service import capacity
@@ -43,6 +42,7 @@ from weights.find import find
 
 def main() -> int:
     settings = ServeConfig.from_cli(__doc__)
+    check(settings)
     log = opened(settings.log_file)
     house = assembled(settings, model_of(settings), log=log)
     logging.basicConfig(handlers=[LogHandler(house.books.log)], level=logging.WARNING, force=True)
@@ -51,16 +51,32 @@ def main() -> int:
     try:
         run(make_app(house), house, ready=lambda address: greet(address, house))
     except SystemExit:  # uvicorn's way to say that the port is taken
-        raise UserError(
-            f"Port {settings.port} of {settings.host} cannot be had: name another one with --port."
-        ) from None
+        raise taken(settings.host, settings.port, "somebody was faster") from None
     if not house.serving.bridge.stop():
         os._exit(1)  # a step that hangs cannot be ended otherwise
     return 0
 
 
+def check(settings: ServeConfig) -> None:
+    """What can be seen to fail before the model is loaded, which may take minutes. UserError."""
+    settings.keys()
+    host, port = settings.host, settings.port
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        raise taken(host, port, (error.strerror or str(error)).partition(" (")[0]) from error
+
+
+def taken(host: str, port: int, why: str) -> UserError:
+    return UserError(f"Port {port} of {host} cannot be had ({why}): name another one with --port or --host.")
+
+
 def model_of(settings: ServeConfig) -> Model:
     """Find and load it, and measure what it does here unless that is known. UserError."""
+    from engine.load import load  # here: they load torch, for which --help and a wrong word need not wait
+    from lab.card import cpu_model, versions
+
     checkpoint = find(settings.model)
     if checkpoint.folder is None:
         raise UserError(f"{checkpoint.name} has no tokenizer, which a service needs: name another model.")

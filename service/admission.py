@@ -59,10 +59,10 @@ class Rates:
         return tokens / self.prefill_tokens_s * self.drift
 
     def learn(self, tokens: int, answers: int, took_s: float) -> None:
-        """A step of so many tokens for so many answers. Slowly: single steps are noisy."""
+        """A step of so many tokens for so many answers. Slowly: single steps are noisy, and one may hang."""
         prompt_tokens = tokens - answers  # the others' one token each is in step()
-        expected_s = (self.step(answers) + self.prefill(prompt_tokens)) / self.drift
-        self.drift = min(max(0.98 * self.drift + 0.02 * took_s / expected_s, 0.1), 100.0)
+        slower = took_s / (self.step(answers) + self.prefill(prompt_tokens))  # than by what is known so far
+        self.drift = min(max(self.drift * (0.98 + 0.02 * min(max(slower, 0.5), 2.0)), 0.1), 100.0)
 
 
 class Progress(Protocol):
@@ -144,7 +144,7 @@ class Admission:
         """
         self.check_door(key, answers)
         ticket = Ticket(answers, prompt_tokens, new_tokens, key)
-        if self.inside and self.tokens + ticket.tokens > self.limits.tokens:
+        if self.inside and self.tokens + ticket.tokens > self.limits.tokens * self.share(key):
             raise self.full("tokens", ticket, deadline_s)
         if retry and self.waiting and self.retried.count(True) >= MOST_RETRIES * REMEMBERED:
             raise self.full("retries", ticket, deadline_s)
@@ -154,8 +154,9 @@ class Admission:
         service_s = (new_tokens - 1) * self.rates.step(self.busy(answers))
         if ticket.predicted_s + service_s > deadline_s:
             raise self.unreachable(ticket.predicted_s, service_s, deadline_s)
+        if self.waiting:
+            self.retried.append(retry)
         self.inside.append(ticket)
-        self.retried.append(retry)
         return ticket
 
     def check_door(self, key: str = "", answers: int = 1) -> None:

@@ -1,9 +1,10 @@
 """The routes. Each is short: what to check, whom to ask, what to answer."""
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -14,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.request import Choice
 from service.books import Books
 from service.errors import ApiError
-from service.guard import Guard, Headers
+from service.guard import BROKEN, Guard, Headers
 from service.keys import Keys
 from service.life import Life, server_timing
 from service.openapi import described
@@ -25,6 +26,7 @@ from service.serving import Job, Serving
 from service.watch import Watch
 
 LONGEST_ID = 64
+MOST_NAMED = 20  # fields in x-ignored-params
 Asked = type[ChatRequest] | type[CompletionRequest]
 
 
@@ -59,6 +61,7 @@ def make_app(house: House) -> Guard:
     app = FastAPI(title="llm-infer-baseline", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_exception_handler(ApiError, explain)
     app.add_exception_handler(HTTPException, no_such_route)
+    app.add_exception_handler(Exception, broken)
     if settings.cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=[settings.cors_origin], allow_methods=["GET", "POST"],
                            allow_headers=["*"])  # fmt: skip
@@ -96,6 +99,7 @@ def add_completions(app: FastAPI, house: House) -> None:
         life.routed()
         with life.part("parse"):
             asked, ignored = understood(http, kind)
+        life.parsed_s = life.clock()
         key = life.facts["key"]
         patience = patience_s(http, settings.request_timeout, bool(asked.stream))
         retry = is_retry(http)
@@ -106,9 +110,11 @@ def add_completions(app: FastAPI, house: House) -> None:
                 f"{'chatcmpl' if kind is ChatRequest else 'cmpl'}-{life.id.removeprefix('req-')}", house.name,
                 kind is ChatRequest, house.about["hash"], serving.prompts.token, asked.top_logprobs_wanted is not None,
             )  # fmt: skip
-            headers = serving.limits.headers(key) | ({"x-ignored-params": ",".join(ignored)} if ignored else {})
+            headers = serving.limits.headers(key) | ({"x-ignored-params": listed(ignored)} if ignored else {})
             if asked.stream:
-                return Events(streamed(serving, job, reply), headers, lambda: gone(http))
+                return Events(
+                    streamed(serving, job, reply), headers, gone=lambda: gone(http), ended=lambda: serving.close(job)
+                )
             return await unless_left(http.receive, gathered(serving, job, reply, headers))
         except ClientLeft:
             gone(http)
@@ -173,6 +179,11 @@ async def streamed(serving: Serving, job: Job, reply: Reply) -> AsyncGenerator[b
         yield event(error.body)
     finally:
         serving.close(job)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names that a client made up, fit for a header: in ASCII, on one line, and not endless."""
+    return ",".join(quote(name[:64], safe="") for name in names[:MOST_NAMED])
 
 
 def gone(http: Request) -> None:
@@ -281,3 +292,8 @@ async def no_such_route(http: Request, error: Exception) -> Response:
     http.state.life.failed("client_error", code)
     message = f"{http.method[:16]} {http.url.path[:200]} does not {what} here."
     return told(ApiError(error.status_code, code, message, headers=error.headers or {}))
+
+
+async def broken(_http: Request, _error: Exception) -> Response:
+    """OpenAI's error object here too. The error itself goes on to the guard and to the log."""
+    return told(BROKEN)

@@ -25,7 +25,7 @@ class Books:
         facts = self.facts(life, parts)
         if life.endpoint in COMPLETIONS:
             self.measure(life, parts)
-            self.lives.add(life.facts.get("client_request_id", life.id), facts | {"timelines": timelines(life)})
+            self.lives.add(life.id, facts | {"timelines": timelines(life)})
         if life.endpoint not in PROBES or life.status != 200:
             self.log.write("request", **facts)
 

@@ -216,6 +216,7 @@ class Bridge:
             self.wasted[reason] += request.spent - useful
 
     def seen(self) -> State:
+        """As it is now, in the middle of a step too; for any thread."""
         scheduler = self.engine.scheduler
         blocks = scheduler.blocks
         return State(

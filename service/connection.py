@@ -44,12 +44,17 @@ class Connection(HttpToolsProtocol):
                 timer.cancel()
         self.pipeline.clear()
         if self.answering is not None and not self.answering.response_complete:
+            self.answering.scope["state"]["left"] = True
             self.answering.disconnected = True
             self.answering.message_event.set()
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self.answering = cycle
+        if not self.flow.write_paused:
+            self.stop_reader_timer()
+        if cycle.scope["http_version"] == "1.0":  # knows no chunks: its answer ends with the connection
+            cycle.chunked_encoding, cycle.expected_content_length = False, Endless()
         super()._start_asgi_task(cycle, app)
 
     # ---- headers
@@ -112,21 +117,47 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self.reader_timer is None:
-            self.reader_timer = self.loop.call_later(self.send_timeout, self.reader_too_slow)
+        self.start_reader_timer()
 
     def resume_writing(self) -> None:
+        self.stop_reader_timer()
+        super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        """What is left to be sent may be too little for a pause; it must be read in time all the same."""
+        self.start_reader_timer()
+        super().on_response_complete()
+
+    def start_reader_timer(self) -> None:
+        if self.reader_timer is None and self.transport.get_write_buffer_size():
+            self.reader_timer = self.loop.call_later(self.send_timeout, self.reader_too_slow)
+
+    def stop_reader_timer(self) -> None:
         if self.reader_timer is not None:
             self.reader_timer.cancel()
             self.reader_timer = None
-        super().resume_writing()
 
     def reader_too_slow(self) -> None:
         """abort(), since close() would wait for what nobody reads to be sent."""
         self.reader_timer = None
-        if self.scope is not None:
-            self.scope["state"]["stalled"] = True
+        if not self.transport.get_write_buffer_size():
+            return
+        if self.answering is not None:
+            self.answering.scope["state"]["stalled"] = True
         self.transport.abort()
+
+
+class Endless:
+    """A body's length that nothing exceeds and that is never used up."""
+
+    def __lt__(self, _sent: int) -> bool:
+        return False
+
+    def __sub__(self, _sent: int) -> "Endless":
+        return self
+
+    def __ne__(self, _nothing: object) -> bool:
+        return False
 
 
 def connection_class(header_timeout: float, send_timeout: float) -> Any:

@@ -6,6 +6,7 @@ long as retry-after-ms says. So every error here decides both, instead of leavin
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 LONGEST = 1000  # characters of a message: a client's own text may be quoted in it
@@ -48,7 +49,7 @@ class ApiError(Exception):
         if self.retry_after_s is not None:
             found |= {
                 "retry-after": str(max(round(self.retry_after_s + 0.5), 1)),  # whole seconds: not sooner than meant
-                "retry-after-ms": str(max(round(self.retry_after_s * 1e3), 1)),
+                "retry-after-ms": str(max(ceil(self.retry_after_s * 1e3), 1)),
             }
         return found
 

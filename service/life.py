@@ -20,6 +20,7 @@ class Life:
     id: str
     start_s: float = 0.0
     opened_s: float = 0.0  # when its body was there
+    parsed_s: float | None = None  # when it was understood: from there on it wants to be admitted
     admitted_s: float = 0.0
     endpoint: str = "other"
     parts: dict[str, float] = field(default_factory=dict)
@@ -32,9 +33,9 @@ class Life:
     requests: list[Request] = field(default_factory=list)  # the engine's, one for each answer
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """A part with clock readings of its own, at its beginning and at its end."""
-        begin = self.clock()
+    def part(self, name: str, since_s: float | None = None) -> Iterator[None]:
+        """A part with clock readings of its own, at its beginning (or before, at since_s) and at its end."""
+        begin = self.clock() if since_s is None else since_s
         try:
             yield
         finally:

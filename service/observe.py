@@ -119,7 +119,10 @@ class RequestLog:
 
 
 class Lives:
-    """The last lives, by request id: enough to explain a slow request, and no text."""
+    """The last lives, by request id: enough to explain a slow request, and no text.
+
+    Kept under our own id, since clients may give theirs twice; found by either, of equal ones the latest.
+    """
 
     def __init__(self, keep: int = LIVES_KEPT) -> None:
         self.keep, self.kept = keep, OrderedDict()
@@ -133,7 +136,11 @@ class Lives:
         """The newest first: id, how it ended, how long it took."""
         newest = list(self.kept.items())[: -count - 1 : -1]
         names = ("outcome", "status", "t_total", "prompt_tokens", "completion_tokens")
-        return [{"id": id} | {name: facts.get(name) for name in names} for id, facts in newest]
+        return [
+            {"id": facts.get("client_request_id", id)} | {name: facts.get(name) for name in names}
+            for id, facts in newest
+        ]
 
     def get(self, id: str) -> dict[str, Any] | None:
-        return self.kept.get(id)
+        theirs = (facts for facts in reversed(self.kept.values()) if facts.get("client_request_id") == id)
+        return self.kept.get(id) or next(theirs, None)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -25,7 +25,7 @@ from service.schemas import ChatRequest, CompletionRequest
 
 THREADS = 2
 BYTES_PER_TOKEN = 4.0  # of ordinary text; only for the estimate before tokenising
-NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")  # that templates may ask for
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")  # for templates
 
 
 class Prompts:
@@ -40,11 +40,14 @@ class Prompts:
             ) from error
         self.literal = tokenizers.Tokenizer.from_str(self.core.to_str())
         self.literal.encode_special_tokens = True
-        special = [token.content for token in self.core.get_added_tokens_decoder().values() if token.special]
+        self.added = self.core.get_added_tokens_decoder()
+        special = [token.content for token in self.added.values() if token.special]
         self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
-        self.longest = max(map(len, self.core.get_vocab()), default=1)  # of a token, about in bytes
+        self.longest = max((len(name.encode()) for name in self.core.get_vocab()), default=1)  # bytes of a token
+        self.byte_level = "ByteLevel" in str(self.core.decoder)
         settings = read_json(folder / "tokenizer_config.json")
-        self.names = {name: text_of(settings.get(name)) for name in NAMED}
+        named = {name: text_of(settings.get(name)) for name in NAMED}
+        self.names = {name: text for name, text in named.items() if text is not None}  # the others stay undefined
         self.template = compiled(template_text(folder, settings))
         self.pool = ThreadPoolExecutor(THREADS, "tokenize")
 
@@ -65,7 +68,10 @@ class Prompts:
 
     def token(self, token: int) -> tuple[str, bytes]:
         """What one token reads as, and its bytes: a character may be spread over several tokens."""
-        found = bytes_of(self.core.id_to_token(token) or "")
+        if token in self.added:
+            found = self.added[token].content.encode()  # as it stands
+        else:
+            found = bytes_of(self.core.id_to_token(token) or "", self.byte_level)
         return found.decode(errors="replace"), found
 
     async def ids(self, asked: ChatRequest | CompletionRequest) -> list[int]:
@@ -89,7 +95,9 @@ class Prompts:
         if self.template is None:
             raise invalid("This model has no chat template: use /v1/completions.", "messages", "unsupported_parameter")
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, tools=None, **self.names)
+            return self.template.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.names
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise invalid(
                 f"The model's chat template does not take these messages: {str(error)[:300]}.", "messages"
@@ -106,7 +114,7 @@ class Prompts:
 
     def encoded(self, core: tokenizers.Tokenizer, text: str, add_special: bool = False) -> list[int]:
         # As a batch of one: that lets go of Python's lock while it works, and encode() does not.
-        return core.encode_batch([text], add_special_tokens=add_special)[0].ids if text else []
+        return core.encode_batch([text], add_special_tokens=add_special)[0].ids if text or add_special else []
 
 
 class Typed:
@@ -127,12 +135,12 @@ class Typed:
         return re.split(rf"{self.mark}-(\d+);", text) if self.found else [text]
 
 
-def bytes_of(name: str) -> bytes:
+def bytes_of(name: str, byte_level: bool) -> bytes:
     """The bytes behind a token's name in a vocabulary: byte-level as GPT-2 writes it, else as SentencePiece does."""
+    if byte_level and all(letter in BYTE_OF for letter in name):
+        return bytes(BYTE_OF[letter] for letter in name)
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return bytes([int(name[3:5], 16)])
-    if all(letter in BYTE_OF for letter in name):
-        return bytes(BYTE_OF[letter] for letter in name)
     return name.replace("\u2581", " ").encode()
 
 
@@ -156,18 +164,38 @@ def template_text(folder: Path, settings: Mapping[str, Any]) -> str | None:
     return said
 
 
+class Generation(jinja2.ext.Extension):
+    """{% generation %} marks what the assistant said, for those who train on it: here only its text counts."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 def compiled(text: str | None) -> jinja2.Template | None:
-    """As transformers does it: a sandbox, since the template comes with the checkpoint."""
+    """As transformers does it: a sandbox, since the template comes with the checkpoint. UserError."""
     if text is None:
         return None
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    house = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-    house.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    extensions = [jinja2.ext.loopcontrols, Generation]
+    house = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    house.filters["tojson"] = tojson
     house.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    return house.from_string(text)
+    try:
+        return house.from_string(text)
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"The model's chat template cannot be read ({error}): mend it, or name another model."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Strict: "0.5" is no number and 1.0 no integer, as OpenAI has it. Limits bound wh
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from engine.request import Sampling
 from service.errors import ApiError, invalid
@@ -22,6 +22,14 @@ WITHOUT_EFFECT = {"response_format": {"type": "text"}, "modalities": ["text"], "
 Short = Annotated[str, Field(max_length=512)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
+# One thing or a list of them. Which is meant is decided first, so that an error is about that.
+ONE_OR_MORE = Discriminator(lambda value: "more" if isinstance(value, list) else "one")
+Stops = Annotated[
+    Annotated[Stop, Tag("one")] | Annotated[list[Stop], Field(max_length=MOST_STOPS), Tag("more")], ONE_OR_MORE
+]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompt = Annotated[Annotated[str, Tag("one")] | Annotated[Tokens, Tag("more")], ONE_OR_MORE]
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -32,9 +40,13 @@ class Part(Strict):
     text: str
 
 
+Parts = Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS)]
+Content = Annotated[Annotated[str, Tag("one")] | Annotated[Parts, Tag("more")], ONE_OR_MORE]
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS)]
+    content: Content
     name: Short | None = None
 
     @property
@@ -64,7 +76,7 @@ class Asked(Strict):
     )
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -153,7 +165,7 @@ class ChatRequest(Asked):
 class CompletionRequest(Asked):
     """prompt: one text, or one list of token ids."""
 
-    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
@@ -205,6 +217,7 @@ def explained(error: ValidationError) -> ApiError:
     param = ".".join(str(part)[:64] for part in where) or None
     last = str(first["loc"][-1])[:64] if first["loc"] else ""
     if first["type"] == "extra_forbidden":
+        param = param if len(first["loc"]) == 1 else f"{param}.{last}"  # a name that the client made up
         if last in UNSUPPORTED:
             return invalid(f"{last} is not supported here: leave it out.", param, "unsupported_parameter")
         return invalid(f"{param} is no field of this endpoint: leave it out.", param, "unknown_parameter")

@@ -61,20 +61,27 @@ def told(error: ApiError) -> Response:
 
 
 class Events(Response):
-    """A response of events, sent as they come. gone(): called when the client has left meanwhile."""
+    """A response of events, sent as they come. gone(): called when the client has left meanwhile. ended(): always, as
+    the last; events that nobody began to read have not run to their own end.
+    """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], gone: Callable[[], None]
-    ) -> None:
-        self.events, self.gone = events, gone
+        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], *, gone: Callable[[], None],
+        ended: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.events, self.gone, self.ended = events, gone, ended
         self.status_code, self.background = 200, None
         self.init_headers(EVENT_HEADERS | dict(headers))
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await unless_left(receive, self.write(send))
+            if scope["state"].get("left"):  # before the end: the rest was written to nobody
+                raise ClientLeft
         except ClientLeft:
             self.gone()
+        finally:
+            self.ended()
 
     async def write(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

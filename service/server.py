@@ -13,7 +13,7 @@ BACKLOG = 2048
 
 
 class Server(uvicorn.Server):
-    """The first SIGTERM or SIGINT drains, for drain_timeout seconds at most; a second one ends it at once.
+    """The first SIGTERM or SIGINT drains, for drain_timeout seconds at most; a second one ends the drain.
 
     uvicorn's own way closes the door at once, so that nobody could see why, and ends with the signal's status.
     """
@@ -38,7 +38,8 @@ class Server(uvicorn.Server):
         if self.draining is None and self.started:
             self.draining = self.loop.create_task(self.drain())
         else:
-            self.should_exit = self.force_exit = True
+            self.should_exit = True
+            self.loop.call_soon_threadsafe(self.house.serving.end_all)  # they are told, not just cut off
 
     async def drain(self) -> None:
         await self.house.serving.drain(self.house.serving.settings.drain_timeout)

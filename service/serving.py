@@ -66,7 +66,7 @@ class Serving:
         self, asked: ChatRequest | CompletionRequest, life: Life, key: str, patience_s: float, retry: bool
     ) -> Job:
         """A place, then the tokens. ApiError: there is no place, or the request cannot be served as it is."""
-        with life.part("admit"):
+        with life.part("admit", life.parsed_s):  # in a task of its own, whose turn comes after others'
             job = self.entered(asked, life, key, patience_s, retry)
         try:
             with life.part("tokenize"):
@@ -120,11 +120,17 @@ class Serving:
         try:
             job.stream = self.bridge.submit(ids, asked.sampling(new), asked.n or 1, salt)
         except Refusal as why:
-            raise invalid(
-                str(why), name if "logit_bias" not in str(why) or not asked.logit_bias else "logit_bias"
-            ) from why
+            raise invalid(str(why), self.blamed(asked, str(why))) from why
         job.ticket.progress = job.stream
         job.life.requests = [answer.request for answer in job.answers]
+
+    def blamed(self, asked: ChatRequest | CompletionRequest, why: str) -> str:
+        """The field that a refusal of the engine's is about."""
+        if why.startswith("seed"):  # of the last of several answers: the i-th has seed + i
+            return "seed"
+        most = self.bridge.engine.vocabulary
+        wrong = most is not None and any(int(token) >= most for token in asked.logit_bias or ())
+        return "logit_bias" if wrong else prompt_name(asked)
 
     def new_tokens(self, asked: ChatRequest | CompletionRequest, prompt_tokens: int) -> int:
         """What was asked for, else what there is room for within the default."""
@@ -148,13 +154,15 @@ class Serving:
             yield True
             if done:
                 return
+            left_s = self.limit_s(job) - self.clock()
+            if left_s <= 0:  # asked every time: where a reader is slow, there is always something new
+                raise self.out_of_time(job)
             try:
-                async with asyncio.timeout(max(min(self.limit_s(job) - self.clock(), beat_s), 0)):
+                async with asyncio.timeout(min(left_s, beat_s)):
                     await stream.changed.wait()
             except TimeoutError:
-                if self.clock() >= self.limit_s(job):
-                    raise self.out_of_time(job) from None
-                yield False
+                if self.clock() < self.limit_s(job):
+                    yield False
 
     def limit_s(self, job: Job) -> float:
         """Until when something must have happened: while it waits the queue's patience counts too."""
@@ -175,6 +183,7 @@ class Serving:
             raise job.ended_by
         error = next((answer.request.error for answer in job.answers if answer.request.error), None)
         if error is not None:
+            job.stream.why = "engine_error"
             job.life.facts["error"] = f"{type(error).__name__}: {error}"[
                 :500
             ]  # for the log: a client learns no insides
@@ -208,6 +217,7 @@ class Serving:
         for job in self.jobs:
             job.ended_by = ApiError(503, "server_shutting_down", "The server is shutting down: ask another one.",
                                     retry=True, retry_after_s=1.0, outcome="shed_drain")  # fmt: skip
+            job.stream.why = "drain"
             job.stream.changed.set()
 
 

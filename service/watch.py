@@ -126,7 +126,7 @@ class Watch:
         """Idle is alive, and so is busy; a step that does not end is not."""
         stalled_s, limit_s = self.bridge.stalled_s(), self.stall_limit_s()
         dead = not self.bridge.thread.is_alive()
-        found = {"status": "stalled" if stalled_s > limit_s or dead else "ok", "running": self.bridge.state.running,
+        found = {"status": "stalled" if stalled_s > limit_s or dead else "ok", "running": self.bridge.seen().running,
                  "last_step_age_s": round(stalled_s, 3), "threshold_s": round(limit_s, 3)}  # fmt: skip
         return found | ({"reason": "the engine's thread has ended"} if dead else {})
 
@@ -156,19 +156,19 @@ class Watch:
 
     def capacity(self) -> dict[str, Any]:
         admission = self.serving.admission
-        limits, rates = admission.limits, admission.rates
+        limits, rates, state = admission.limits, admission.rates, self.bridge.seen()
         return {
             "slots": limits.slots, "queue": limits.queued, "tokens": limits.tokens, "context": self.serving.context,
             "decode_tokens_per_s": round(limits.slots / rates.step(limits.slots), 1),
             "decode_tokens_per_s_alone": round(1 / rates.step(1), 1),
             "prefill_tokens_per_s": round(rates.prefill_tokens_s / rates.drift, 1), "drift": round(rates.drift, 3),
             "max_wait_s": limits.patience_s, "predicted_wait_s": round(admission.predicted_wait_s(1, 100), 3),
-            "requests": admission.answers, "waiting": self.bridge.state.waiting, "running": self.bridge.state.running,
+            "requests": admission.answers, "waiting": state.waiting, "running": state.running,
         }  # fmt: skip
 
     def refresh(self) -> None:
         """Bring the figures that are only looked up when somebody asks."""
-        m, bridge, state, admission = self.metrics, self.bridge, self.bridge.state, self.serving.admission
+        m, bridge, state, admission = self.metrics, self.bridge, self.bridge.seen(), self.serving.admission
         m.running.set(state.running)
         m.waiting.set(state.waiting)
         m.queued_tokens.set(admission.tokens)

@@ -6,7 +6,6 @@ import http.client
 import io
 import json
 import logging
-import os
 import socket
 import threading
 import time
@@ -27,19 +26,20 @@ from service.server import Server
 from service.settings import ServeConfig
 
 CONTEXT, END, NAME = 512, 256, "tiny"
+LETTER_A = 64  # the token of "a" in the test tokenizer, whose tokens are GPT-2's letters for bytes in their order
 PATIENCE_S = 20.0  # for anything that should take milliseconds
 PROBES = ("/health", "/health/live", "/health/ready", "/metrics")
 
 
 def next_letter(tokens: list[int]) -> int:
     """What the test's network answers: a small letter that depends on every token before it."""
-    return 97 + hash(tuple(tokens)) % 26
+    return LETTER_A + hash(tuple(tokens)) % 26
 
 
 class Runner:
     """Tokens by next_letter(). hold() stops it before its next step, allow(n) lets n steps pass, go() all of them.
 
-    faults: request number, or "step N" -> what is raised there. says: a request's prompt -> its next token, where given.
+    faults: request number, or "step N" -> what is raised there. says: a request's tokens -> its next one, where given.
     """
 
     def __init__(self) -> None:
@@ -189,6 +189,12 @@ class Served:
     def admission(self):
         return self.house.serving.admission
 
+    @property
+    def jobs(self) -> list[Any]:
+        """Admitted requests that have been handed to the engine, in that order."""
+        found = [job for job in list(self.house.serving.jobs) if job.answers]
+        return sorted(found, key=lambda job: job.answers[0].request.number)
+
     def lines(self, event: str = "request") -> list[dict[str, Any]]:
         found = [json.loads(line) for line in self.log.getvalue().splitlines()]
         return [line for line in found if line["event"] == event]
@@ -268,8 +274,15 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def served(folder: Path, *, kv_blocks: int = 256, **settings: Any) -> Iterator[Served]:
-    """A service on a free port, its invariants checked when the test is done with it."""
+def served(
+    folder: Path, *, kv_blocks: int = 256, memory_used: Callable[[], float] = lambda: 0.0,
+    make_engine: Callable[[], Engine] | None = None, **settings: Any,
+) -> Iterator[Served]:  # fmt: skip
+    """A service on a free port, its invariants checked when the test is done with it.
+
+    memory_used: the share of the machine's memory, whatever that has left. make_engine: another engine than the one of
+    letters, which `runner` then knows nothing of.
+    """
     wishes = {"port": 0, "served_name": NAME, "max_running": 4, "max_tokens": 64, "max_queued": 4} | settings
     config, runner, log = ServeConfig(**wishes), Runner(), io.StringIO()
     prompts = Prompts(folder)
@@ -281,7 +294,8 @@ def served(folder: Path, *, kv_blocks: int = 256, **settings: Any) -> Iterator[S
         )
 
     about = {"name": NAME, "hash": "0" * 12, "kernel": "test", "weights": "none", "device": "cpu"}
-    house = assembled(config, Model(engine, prompts, Rates(1e-4, 1e-5, 1e6), about), log=log)
+    model = Model(make_engine or engine, prompts, Rates(1e-4, 1e-5, 1e6), about)
+    house = assembled(config, model, log=log, memory_used=memory_used)
     app, addresses = make_app(house), []
     holder: list[Served] = []
 
@@ -330,7 +344,7 @@ class Baseline:
     @classmethod
     def of(cls, served: Served) -> "Baseline":
         tasks = len(asyncio.all_tasks(served.server.loop))
-        return cls(threading.active_count(), tasks, len(os.listdir("/proc/self/fd")))
+        return cls(threading.active_count(), tasks, sum(1 for _ in Path("/proc/self/fd").iterdir()))
 
 
 def check_invariants(served: Served, before: Baseline, probe: Any) -> None:
@@ -355,11 +369,11 @@ def check_invariants(served: Served, before: Baseline, probe: Any) -> None:
     lines = served.lines()
     ids = [line["request_id"] for line in lines]
     assert len(ids) == len(set(ids)), "i6: two lines for one request"
-    quiet = sum(line["outcome"] != "ok" or line["route"] not in ("health", "metrics") for line in lines)
+    quiet = sum(line["status"] != 200 or line["route"] not in ("health", "metrics") for line in lines)
     assert quiet == len(lines) <= served.received, "i6"
     for reply in served.replies:
         assert b"Traceback" not in reply.body and b".py" not in reply.body, "i6: insides in a reply"
-        if not (reply.status in (400, 431) and b"invalid_http" in reply.body or b"header_too_large" in reply.body):
+        if not ((reply.status in (400, 431) and b"invalid_http" in reply.body) or b"header_too_large" in reply.body):
             assert reply.headers.get("x-request-id"), "i7"
 
 

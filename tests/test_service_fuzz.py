@@ -1,4 +1,4 @@
-"""Requests made from the service's own description, right ones and wrong ones: none may break it, no wrong one passes."""
+"""Requests made from the service's own description, right and wrong: none may break it, no wrong one passes."""
 
 import subprocess
 import sys

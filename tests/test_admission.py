@@ -1,0 +1,325 @@
+"""Who may come in: the books against a simple model in any order of events, and predictions worked out by hand."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from service.admission import LATEST_S, REMEMBERED, SOONEST_S, Admission, Limits, Rates
+from service.errors import ApiError
+
+KEYS = ("a", "b", "c")
+
+
+@dataclass
+class Fake:
+    """What the engine would say of an admitted request."""
+
+    started: bool = False
+    delivered: int = 0
+
+
+def rates() -> Rates:
+    """A step takes 0.1 s and 0.01 s for each answer; 1,000 prompt tokens take a second."""
+    return Rates(0.1, 0.01, 1000.0)
+
+
+def books(slots=2, queued=2, tokens=10_000, patience_s=1e6, shared=False, jitter=lambda: 1.0) -> Admission:
+    return Admission(Limits(slots, queued, tokens, patience_s, shared), rates(), jitter)
+
+
+def enter(house: Admission, answers=1, prompt=100, new=10, deadline_s=1e9, key="", retry=False):
+    return house.enter(
+        answers=answers, prompt_tokens=prompt, new_tokens=new, deadline_s=deadline_s, key=key, retry=retry
+    )
+
+
+def running(house: Admission, delivered=0, **wishes):
+    ticket = enter(house, **wishes)
+    ticket.progress = Fake(True, delivered)
+    return ticket
+
+
+def refused(house: Admission, limit: str, **wishes) -> ApiError:
+    with pytest.raises(ApiError) as why:
+        enter(house, **wishes)
+    assert why.value.details["limit_hit"] == limit, why.value.details
+    return why.value
+
+
+# ---- any order of events
+
+
+class House(RuleBasedStateMachine):
+    """The model: a list of what every guest may take, and who of them has started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+        self.house = Admission(Limits(3, 4, 400, 60.0, shared=True), rates(), lambda: self.factor)
+        self.guests: list = []  # (ticket, the numbers it is known by)
+        self.gone: list = []
+        self.shut: str | None = None
+        self.retries: list[bool] = []
+
+    def free(self, key: str) -> float:
+        """Places that this key may take: who is there already leaves a tenth to others."""
+        there = any(ticket.key == key for ticket, _ in self.guests)
+        return max(7 * 0.9 if there else 7, 1) - self.taken(0)
+
+    def taken(self, what: int) -> int:
+        return sum(known[what] for _, known in self.guests)
+
+    @rule(
+        answers=st.integers(1, 7), prompt=st.integers(1, 200), new=st.integers(1, 40), key=st.sampled_from(KEYS),
+        deadline_s=st.sampled_from([0.3, 5.0, 1e6]), retry=st.booleans(), factor=st.sampled_from([0.8, 1.0, 1.2]),
+    )  # fmt: skip
+    def comes(self, answers, prompt, new, key, deadline_s, retry, factor):
+        self.factor, before = factor, (list(self.house.inside), list(self.house.retried))
+        room, tokens = self.free(key), self.taken(1)
+        wait_s = self.house.predicted_wait_s(answers, prompt)
+        try:
+            ticket = enter(self.house, answers, prompt, new, deadline_s, key, retry)
+        except ApiError as why:
+            self.told(why, answers, prompt + answers * new, room, tokens, wait_s, deadline_s)
+            assert (list(self.house.inside), list(self.house.retried)) == before, "a refusal changed something"
+            return
+        assert self.shut is None and answers <= room
+        there = any(guest.key == key for guest, _ in self.guests)
+        assert not before[0] or tokens + ticket.tokens <= 400 * (0.9 if there else 1)
+        assert ticket.predicted_s == wait_s <= 60 and wait_s + (new - 1) * 0.1 <= deadline_s
+        if any(not guest.started for guest, _ in self.guests):
+            self.retries.append(retry)
+        self.guests.append((ticket, [answers, prompt + answers * new]))
+
+    def told(self, why, answers, tokens, room, held, wait_s, deadline_s):
+        limit = why.details["limit_hit"]
+        assert why.status == 503 and limit in ("requests", "tokens", "wait", "retries", "deadline", "drain", "memory")
+        assert limit == self.shut if self.shut else limit not in ("drain", "memory")
+        assert (limit == "requests") == (answers > room) or self.shut
+        assert limit != "tokens" or (self.guests and held + tokens > 400 * 0.9)
+        assert limit != "deadline" or wait_s + 40 * 0.13 > deadline_s
+        assert limit != "retries" or sum(self.retries[-REMEMBERED:]) >= 10
+        assert SOONEST_S * self.factor <= why.retry_after_s <= LATEST_S * self.factor
+        assert why.details["requests"] == self.taken(0) and why.details["queued_tokens"] == self.taken(1)
+        assert why.retry == (limit != "deadline") and int(why.all_headers["retry-after"]) >= why.retry_after_s
+        if limit in ("wait", "tokens", "deadline"):
+            assert why.details["predicted_wait_s"] == pytest.approx(wait_s, abs=0.01)
+
+    @precondition(lambda self: self.guests)
+    @rule(which=st.randoms(use_true_random=False), tokens=st.integers(1, 60), new=st.integers(1, 40))
+    def is_counted(self, which, tokens, new):
+        ticket, known = which.choice(self.guests)
+        self.house.correct(ticket, tokens, new)
+        known[1] = tokens + ticket.answers * new
+
+    @precondition(lambda self: self.guests)
+    @rule(which=st.randoms(use_true_random=False))
+    def starts(self, which):
+        ticket, _ = which.choice(self.guests)
+        ticket.progress = ticket.progress or Fake()
+        ticket.progress.started = True
+
+    @precondition(lambda self: any(ticket.started for ticket, _ in self.guests))
+    @rule(which=st.randoms(use_true_random=False), more=st.integers(1, 50))
+    def gets_tokens(self, which, more):
+        which.choice([ticket for ticket, _ in self.guests if ticket.started]).progress.delivered += more
+
+    @precondition(lambda self: self.guests)
+    @rule(which=st.randoms(use_true_random=False))
+    def leaves(self, which):
+        guest = which.choice(self.guests)
+        self.guests.remove(guest)
+        self.gone.append(guest[0])
+        self.house.leave(guest[0])
+
+    @precondition(lambda self: self.gone)
+    @rule(which=st.randoms(use_true_random=False))
+    def leaves_twice(self, which):
+        self.house.leave(which.choice(self.gone))
+
+    @rule(why=st.sampled_from([None, "memory", "drain"]))
+    def is_closed_or_opened(self, why):
+        self.house.closed = self.shut = why
+
+    @invariant()
+    def the_books_are_the_models(self):
+        assert self.house.inside == [ticket for ticket, _ in self.guests]
+        assert (self.house.answers, self.house.tokens) == (self.taken(0), self.taken(1))
+        assert self.house.answers <= self.house.limits.places
+        assert len(self.house.waiting) == sum(not ticket.started for ticket, _ in self.guests)
+        assert 0 <= self.house.busy() <= 3 and self.house.predicted_wait_s(1, 10) > 0
+
+
+TestHouse = House.TestCase
+TestHouse.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+# ---- predictions by hand
+
+
+def test_in_an_empty_house_only_ones_own_prompt_and_a_step_are_waited_for():
+    assert books().predicted_wait_s(1, 500) == pytest.approx(0.5 + 0.11)
+    assert books(slots=1).predicted_wait_s(1, 0) == pytest.approx(0.11)
+
+
+def test_with_all_slots_busy_the_first_that_is_free_is_waited_for():
+    house = books()
+    running(house, delivered=4, new=10)  # 6 steps are left
+    running(house, delivered=1, new=30)  # 29
+    step_s = 0.12  # with two answers in it
+    assert house.predicted_wait_s(1, 200) == pytest.approx(6 * step_s + 0.2 + step_s)
+    assert house.predicted_wait_s(2, 200) == pytest.approx(29 * step_s + 0.2 + step_s)
+
+
+def test_those_who_wait_before_take_the_slots_first():
+    house = books(queued=9)
+    running(house, delivered=5, new=10)  # free after 5 steps, then taken by the first that waits: 5 + 8
+    running(house, delivered=1, new=21)  # free after 20
+    enter(house, prompt=300, new=8)
+    enter(house, prompt=400, new=3)  # takes the first slot after 13 steps: 16
+    step_s = 0.12
+    assert house.predicted_wait_s(1, 100) == pytest.approx(16 * step_s + 0.8 + step_s)
+
+
+def test_a_prompt_that_is_not_computed_yet_is_waited_for_and_a_computed_one_is_not():
+    house = books()
+    ticket = running(house, delivered=0, prompt=500, new=10)
+    assert house.predicted_wait_s(1, 100) == pytest.approx(0.6 + 0.12)  # a slot is free
+    ticket.progress.delivered = 1
+    assert house.predicted_wait_s(1, 100) == pytest.approx(0.1 + 0.12)
+
+
+def test_several_answers_to_one_prompt_share_what_was_delivered():
+    house = books(slots=2)
+    running(house, answers=2, delivered=10, new=20)  # 5 of 20 each
+    assert house.predicted_wait_s(1, 0) == pytest.approx(15 * 0.12 + 0.12)
+
+
+def test_who_would_wait_too_long_is_refused_with_the_wait():
+    house = books(slots=1, queued=9, patience_s=5.0)
+    running(house, delivered=1, new=11)
+    enter(house, new=40)  # it would itself wait 1.1 s, and holds the slot for 4.4 s more
+    why = refused(house, "wait", new=1, prompt=0)
+    assert why.details["predicted_wait_s"] == pytest.approx(10 * 0.11 + 40 * 0.11 + 0.1 + 0.11, abs=0.01)
+    assert why.retry_after_s == pytest.approx(10 * 0.11)  # when the slot is free
+
+
+def test_a_deadline_counts_the_wait_and_the_whole_answer():
+    house = books()
+    enter(house, prompt=100, new=11, deadline_s=0.1 + 0.11 + 10 * 0.11 + 0.01)
+    house = books()
+    why = refused(house, "deadline", prompt=100, new=11, deadline_s=0.1 + 0.11 + 10 * 0.11 - 0.01)
+    assert (why.code, why.outcome, why.retry) == ("deadline_unreachable", "shed_deadline", False)
+    assert why.details["deadline_s"] == pytest.approx(1.3, abs=0.01)
+
+
+def test_one_request_may_be_larger_than_all_tokens_when_nobody_else_is_there():
+    house = books(tokens=50)
+    ticket = enter(house, prompt=100)
+    refused(house, "tokens", prompt=1, new=1)
+    house.leave(ticket)
+    enter(house, prompt=100)
+
+
+# ---- learning
+
+
+def lived(rates: Rates, times_slower: float, steps: int) -> Rates:
+    """Steps of 4 answers and 60 prompt tokens on a machine that is so many times slower."""
+    for _ in range(steps):
+        rates.learn(64, 4, times_slower * (0.14 + 0.06))
+    return rates
+
+
+@pytest.mark.parametrize("times", [0.2, 0.5, 1.0, 3.0, 20.0])
+def test_rates_learn_how_much_slower_the_machine_is(times):
+    learned = lived(rates(), times, 600)
+    assert learned.drift == pytest.approx(times, rel=0.02)
+    assert learned.step(4) == pytest.approx(times * 0.14, rel=0.02)
+    assert learned.prefill(1000) == pytest.approx(times, rel=0.02)
+    assert lived(learned, 1.0, 600).drift == pytest.approx(1.0, rel=0.02)  # and that it has recovered
+
+
+def test_what_is_learned_stays_in_bounds():
+    assert lived(rates(), 1e9, 3000).drift == 100.0
+    assert lived(rates(), 0.0, 3000).drift == 0.1
+
+
+def test_one_step_that_hung_for_a_minute_changes_little():
+    """Else a machine that was paused once would refuse every long answer, and then never learn better."""
+    learned = lived(rates(), 1.0, 10)
+    learned.learn(64, 4, 60.0)
+    assert learned.drift == pytest.approx(1.0, abs=0.05)
+
+
+# ---- several keys, and those who come again
+
+
+def test_one_key_cannot_fill_the_house_and_another_finds_room():
+    house = books(slots=4, queued=6, shared=True)
+    inside = [enter(house, key="flood", new=1) for _ in range(9)]
+    refused(house, "requests", key="flood", new=1)
+    enter(house, key="quiet", new=1)
+    refused(house, "requests", key="third", new=1)  # now it is full
+    house.leave(inside[0])
+    refused(house, "requests", key="flood", new=1)
+    enter(house, key="third", new=1)
+
+
+def test_one_key_cannot_take_all_tokens_either():
+    house = books(slots=4, queued=96, tokens=1000, shared=True)
+    for _ in range(9):
+        enter(house, key="flood", prompt=90, new=10)
+    refused(house, "tokens", key="flood", prompt=90, new=10)
+    enter(house, key="quiet", prompt=90, new=10)
+
+
+def test_one_key_cannot_use_up_the_whole_wait_either():
+    house = books(slots=1, queued=96, patience_s=10.0, shared=True)
+    running(house, key="flood", new=86, prompt=0, delivered=1)  # 85 steps of 0.11 s: 9.35, and one more
+    refused(house, "wait", key="flood", new=1, prompt=0)
+    assert enter(house, key="quiet", new=1, prompt=0).predicted_s == pytest.approx(86 * 0.11)
+
+
+def test_where_there_is_one_key_it_has_the_whole_house():
+    house = books(slots=4, queued=6)
+    for _ in range(10):
+        enter(house, key="only", new=1)
+    refused(house, "requests", key="only", new=1)
+
+
+def test_nobody_is_refused_for_coming_again_while_nobody_waits():
+    house = books()
+    for _ in range(200):
+        house.leave(enter(house, retry=True))
+    house.retried.extend([True] * 10)  # as after an overload
+    enter(house, retry=True)
+
+
+def test_while_others_wait_one_in_ten_admissions_may_be_a_retry():
+    house, admitted = books(slots=1, queued=10), []
+    running(house, new=10)
+    enter(house, new=1)  # waits
+    for i in range(1000):  # half of those who ask come again
+        retry = i % 2 == 1
+        try:
+            ticket = enter(house, new=1, retry=retry)
+        except ApiError as why:
+            assert retry and why.details["limit_hit"] == "retries" and why.code == "server_overloaded"
+        else:
+            admitted.append(retry)
+            house.leave(ticket)
+    assert admitted.count(False) == 500 and 40 <= admitted.count(True) <= 60
+    assert all(sum(admitted[i : i + REMEMBERED]) <= 10 for i in range(len(admitted) - REMEMBERED))
+
+
+def test_retries_in_an_empty_house_cost_nothing_of_that_budget():
+    house = books(slots=1, queued=10)
+    for _ in range(200):
+        house.leave(enter(house, retry=True))
+    running(house, new=10)
+    enter(house, new=1)
+    enter(house, new=1, retry=True)
