@@ -261,12 +261,12 @@ def add_views(app: FastAPI, house: House) -> None:
         return whole(serving.settings.shown())
 
     @app.get("/debug/requests")
-    async def latest() -> Response:
-        return whole({"requests": house.books.lives.latest()})
+    async def latest(http: Request) -> Response:
+        return whole({"requests": house.books.lives.latest(http.state.life.facts["key"])})
 
     @app.get("/debug/requests/{request_id}")
-    async def one_life(request_id: str) -> Response:
-        found = house.books.lives.get(request_id[:LONGEST_ID])
+    async def one_life(http: Request, request_id: str) -> Response:
+        found = house.books.lives.get(request_id[:LONGEST_ID], http.state.life.facts["key"])
         if found is None:
             raise ApiError(404, "not_found", "No request of this id is remembered: the last ones are, by x-request-id.")
         return whole(found)

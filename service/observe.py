@@ -121,7 +121,8 @@ class RequestLog:
 class Lives:
     """The last lives, by request id: enough to explain a slow request, and no text.
 
-    Kept under our own id, since clients may give theirs twice; found by either, of equal ones the latest.
+    Kept under our own id, since clients may give theirs twice; found by either, of equal ones the latest. Whoever asks
+    (key: a key's hash) sees his own requests only.
     """
 
     def __init__(self, keep: int = LIVES_KEPT) -> None:
@@ -132,15 +133,17 @@ class Lives:
         while len(self.kept) > self.keep:
             self.kept.popitem(last=False)
 
-    def latest(self, count: int = 20) -> list[dict[str, Any]]:
+    def latest(self, key: str, count: int = 20) -> list[dict[str, Any]]:
         """The newest first: id, how it ended, how long it took."""
-        newest = list(self.kept.items())[: -count - 1 : -1]
+        own = [(id, facts) for id, facts in self.kept.items() if facts.get("key_hash8", "") == key[:8]]
+        newest = own[: -count - 1 : -1]
         names = ("outcome", "status", "t_total", "prompt_tokens", "completion_tokens")
         return [
             {"id": facts.get("client_request_id", id)} | {name: facts.get(name) for name in names}
             for id, facts in newest
         ]
 
-    def get(self, id: str) -> dict[str, Any] | None:
+    def get(self, id: str, key: str) -> dict[str, Any] | None:
         theirs = (facts for facts in reversed(self.kept.values()) if facts.get("client_request_id") == id)
-        return self.kept.get(id) or next(theirs, None)
+        found = self.kept.get(id) or next(theirs, None)
+        return found if found and found.get("key_hash8", "") == key[:8] else None

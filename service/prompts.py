@@ -98,7 +98,7 @@ class Prompts:
             return self.template.render(
                 messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.names
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise invalid(
                 f"The model's chat template does not take these messages: {str(error)[:300]}.", "messages"
             ) from error

@@ -71,7 +71,9 @@ class Serving:
         try:
             with life.part("tokenize"):
                 ids = await self.prompts.ids(asked)
+            counted_s = self.clock()
             self.hand_over(job, ids)
+            life.parts["admit"] += job.answers[0].request.timeline.arrived - counted_s
         except BaseException:
             self.close(job)
             raise

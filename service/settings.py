@@ -59,6 +59,8 @@ class ServeConfig(EngineConfig):
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"--api-keys-file {self.api_keys_file} cannot be read ({error}): check it.") from error
             found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not all(key.isascii() and key.isprintable() and " " not in key for key in found):
+            raise UserError("API keys are ASCII without spaces, as HTTP's headers are: change the one that is not.")
         return found
 
     def shown(self) -> dict[str, object]:

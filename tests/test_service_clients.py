@@ -17,7 +17,7 @@ CHAT = "/v1/chat/completions"
 NEIGHBOUR = {"text": "the neighbour", "max_tokens": 40}
 LONG = "x" * 400  # a prompt for which a step of 64 tokens is too short
 BIG = {"stream": True, "n": 6, "max_tokens": 480, "logprobs": True, "top_logprobs": 2}  # about a megabyte of events
-TWICE = BIG | {"stream": False, "n": 2}  # some 200 kB at once: more than the kernel takes
+TWICE = BIG | {"stream": False, "n": 2, "max_tokens": 400}  # 200 kB at once: a little more than the kernel takes
 
 
 def text_of(reply) -> str:

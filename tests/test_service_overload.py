@@ -49,16 +49,9 @@ def texts(reply) -> list[str]:
 def test_b51_of_a_burst_exactly_as_many_come_in_as_there_are_places(checkpoint_folder, monkeypatch):
     with served(checkpoint_folder) as here:
         here.runner.hold()
-        tokenised, times = counted(here.house.serving.prompts, "encode", monkeypatch), {}
-
-        def ask(i: int):
-            before = time.monotonic()
-            reply = here.chat(f"number {i}")
-            times[i] = time.monotonic() - before
-            return reply
-
-        burst = Later(lambda: together(80, ask))
-        here.until(lambda: len(times) == 72)
+        tokenised = counted(here.house.serving.prompts, "encode", monkeypatch)
+        burst = Later(lambda: together(80, lambda i: here.chat(f"number {i}")))
+        here.until(lambda: here.outcomes().get("shed_queue") == 72)
         assert here.admission.answers == 8 and len(tokenised) == 8, "4 slots and 4 places in the queue"
         here.runner.go()
         replies = burst.result()
@@ -75,14 +68,13 @@ def test_b51_of_a_burst_exactly_as_many_come_in_as_there_are_places(checkpoint_f
             assert int(reply.headers["retry-after"]) * 1000 >= int(reply.headers["retry-after-ms"])
         again = [int(reply.headers["retry-after-ms"]) for reply in refused]
         assert len(set(again)) > 30 and max(again) > 1.2 * min(again), "they do not all come back together"
-        waits = [times[i] for i, reply in enumerate(replies) if reply.status == 503]
-        assert quantiles(waits, n=100)[98] < 0.05 * SLACK
-        here.until(lambda: here.outcomes().get("shed_queue") == 72)
+        waits = [line["t_total"] for line in here.lines() if line["status"] == 503]
+        assert len(waits) == 72 and quantiles(waits, n=100)[98] < 0.05 * SLACK
 
 
 def test_b52_sustained_overload_never_overfills_the_queue_and_who_is_admitted_is_served(checkpoint_folder, monkeypatch):
     with served(checkpoint_folder) as here:
-        here.runner.pace_s = 0.001
+        here.runner.pace_s = 0.004
         inside, enter = [], here.admission.enter
 
         def watched(**wishes):
@@ -107,7 +99,7 @@ def test_b52_sustained_overload_never_overfills_the_queue_and_who_is_admitted_is
         assert max(answers for answers, _ in inside) == 8 and max(tokens for _, tokens in inside) <= 4 * 512
         steps = here.runner.seen[before:]
         full = sum(len(step) == 4 for step in steps)
-        assert full > 0.6 * len(steps), "and the slots are in use meanwhile"
+        assert full > 0.5 * len(steps), "and the slots are in use meanwhile"
 
 
 # ---- 53, 54: nobody starves

@@ -173,6 +173,8 @@ def test_a_file_of_keys(tmp_path):
     for missing in (path, tmp_path / "none"):
         with pytest.raises(UserError, match="cannot be read"):
             ServeConfig(api_keys_file=str(missing)).keys()
+    with pytest.raises(UserError, match="ASCII"):
+        ServeConfig(api_key="schlüssel").keys()
 
 
 # ---- life.py

@@ -183,15 +183,15 @@ def test_thousands_of_tokens_are_tokenised_while_others_are_answered(house):
     too_long = {"model": "tiny", "prompt": "word " * 95_000, "max_tokens": 1}
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(house.ask, COMPLETIONS, too_long)
-        slowest = count = 0
+        took_s = []
         while not asked.done():
             begin = time.perf_counter()
             assert house.ask("/health/live").status == 200
-            slowest, count = max(slowest, time.perf_counter() - begin), count + 1
+            took_s.append(time.perf_counter() - begin)
     refused = asked.result()
     assert (refused.status, refused.error["code"]) == (400, "context_length_exceeded")
     assert "475000 tokens" in refused.error["message"], "it was tokenised"
-    assert count > 10 and slowest < 0.2, (count, slowest)
+    assert len(took_s) > 50 and sorted(took_s)[int(len(took_s) * 0.9)] < 0.1, took_s
     fits = house.ask(COMPLETIONS, too_long | {"prompt": "word " * 1000, "max_tokens": 3})
     assert (fits.status, fits.json["usage"]["prompt_tokens"]) == (200, 5000)
 
