@@ -8,6 +8,7 @@ Plain numbers and a clock that is handed in: no HTTP, no asyncio, no engine.
 """
 
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from service.errors import ApiError
 SOONEST_S, LATEST_S = 0.5, 60.0  # of Retry-After
 LARGEST_SHARE = 0.9  # of the house that one key may fill, where there are several
 MOST_RETRIES = 0.1  # of those admitted while others wait (the retry budget of the SRE book, chapter 21)
+FRESH_S = 0.05  # how old the figures of a refusal may be
 REMEMBERED = 100  # admissions that the retry budget looks back on
 
 
@@ -105,6 +107,21 @@ class Ticket:
         return 0 if self.progress is not None and self.progress.delivered else self.prompt_tokens
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """Who is inside, for refusals: answers, how many of them wait, what they may add up to in tokens; the rate at which
+    tokens come, how long until the next one leaves, and what a newcomer would wait.
+    """
+
+    seen_s: float
+    answers: int
+    waiting: int
+    tokens: int
+    tokens_per_s: float
+    room_s: float
+    wait_s: float
+
+
 @dataclass
 class Admission:
     """The books: who is in, and what a newcomer would have to wait for."""
@@ -113,8 +130,11 @@ class Admission:
     rates: Rates
     jitter: Callable[[], float] = field(default=lambda: random.uniform(0.8, 1.2))
     inside: list[Ticket] = field(default_factory=list)  # in the order in which they came
+    at_door: int = 0  # let through the door, and not asked for a ticket yet: their bodies are being read
     closed: str | None = None  # why nobody is let in any more: "drain", or "memory" for a while
     retried: deque[bool] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    clock: Callable[[], float] = time.perf_counter
+    crowd_seen: "Crowd | None" = None
 
     @property
     def waiting(self) -> list[Ticket]:
@@ -145,18 +165,19 @@ class Admission:
         self.check_door(key, answers)
         ticket = Ticket(answers, prompt_tokens, new_tokens, key)
         if self.inside and self.tokens + ticket.tokens > self.limits.tokens * self.share(key):
-            raise self.full("tokens", ticket, deadline_s)
+            raise self.full("tokens", self.predicted_wait_s(answers, prompt_tokens), deadline_s)
         if retry and self.waiting and self.retried.count(True) >= MOST_RETRIES * REMEMBERED:
-            raise self.full("retries", ticket, deadline_s)
+            raise self.full("retries", self.predicted_wait_s(answers, prompt_tokens), deadline_s)
         ticket.predicted_s = self.predicted_wait_s(answers, prompt_tokens)
         if ticket.predicted_s > self.limits.patience_s * self.share(key):
-            raise self.full("wait", ticket, deadline_s)
+            raise self.full("wait", ticket.predicted_s, deadline_s)
         service_s = (new_tokens - 1) * self.rates.step(self.busy(answers))
         if ticket.predicted_s + service_s > deadline_s:
             raise self.unreachable(ticket.predicted_s, service_s, deadline_s)
         if self.waiting:
             self.retried.append(retry)
         self.inside.append(ticket)
+        self.crowd_seen = None
         return ticket
 
     def check_door(self, key: str = "", answers: int = 1) -> None:
@@ -170,8 +191,18 @@ class Admission:
                 "server_overloaded", "The server is short of memory: try again later.", "memory", 5.0, "shed_memory"
             )
         room = self.limits.places * self.share(key)
-        if self.answers + answers > max(room, 1):
-            raise self.full("requests", Ticket(answers, 0, 1), None)
+        if self.answers + self.at_door + answers > max(room, 1):
+            raise self.full("requests", self.crowd().wait_s, None)
+
+    def knock(self, key: str) -> None:
+        """Keep one place, until step_aside(): of a burst exactly as many go on as there are places."""
+        self.check_door(key)
+        self.at_door += 1
+        self.crowd_seen = None
+
+    def step_aside(self) -> None:
+        self.at_door -= 1
+        self.crowd_seen = None
 
     def share(self, key: str) -> float:
         """The part of the house that this key may fill: not all, so that another one's first request finds room."""
@@ -181,11 +212,13 @@ class Admission:
     def correct(self, ticket: Ticket, prompt_tokens: int, new_tokens: int) -> None:
         """What the tokenizer counted, in place of the estimate."""
         ticket.prompt_tokens, ticket.new_tokens = prompt_tokens, new_tokens
+        self.crowd_seen = None
 
     def leave(self, ticket: Ticket) -> None:
         """However it ended. Leaving twice is nothing."""
         if ticket in self.inside:
             self.inside.remove(ticket)
+            self.crowd_seen = None
 
     # ---- foretelling
 
@@ -211,15 +244,24 @@ class Admission:
         prompts = prompt_tokens + sum(ticket.prompt_left for ticket in self.inside)
         return start + self.rates.prefill(prompts) + step_s
 
-    def until_room_s(self) -> float:
-        """When the next one will leave, by the same reckoning."""
-        step_s = self.rates.step(max(self.busy(), 1))
-        return min((ticket.left * step_s for ticket in self.inside if ticket.started), default=SOONEST_S)
+    def crowd(self) -> Crowd:
+        """Who is inside. Looked at again when somebody came or went, and a few times a second: a flood of refusals
+        must cost next to nothing.
+        """
+        now_s = self.clock()
+        if self.crowd_seen is None or now_s - self.crowd_seen.seen_s > FRESH_S:
+            busy = self.busy()
+            step_s = self.rates.step(max(busy, 1))
+            room_s = min((ticket.left * step_s for ticket in self.inside if ticket.started), default=SOONEST_S)
+            wait_s = self.predicted_wait_s(1, 0)
+            answers, waiting = self.answers + self.at_door, len(self.waiting) + self.at_door
+            self.crowd_seen = Crowd(now_s, answers, waiting, self.tokens, busy / step_s, room_s, wait_s)
+        return self.crowd_seen
 
     # ---- refusing
 
-    def full(self, limit: str, ticket: Ticket, deadline_s: float | None) -> ApiError:
-        wait_s = self.predicted_wait_s(ticket.answers, ticket.prompt_tokens)
+    def full(self, limit: str, wait_s: float, deadline_s: float | None) -> ApiError:
+        crowd = self.crowd()
         what = {
             "requests": "as many requests as it can", "tokens": "as many tokens as it can",
             "wait": "all it can for now",
@@ -227,9 +269,9 @@ class Admission:
         }  # fmt: skip
         return self.refusal(
             "server_overloaded",
-            f"The server holds {what[limit]} ({self.answers} requests, {self.tokens} tokens; a newcomer would wait "
+            f"The server holds {what[limit]} ({crowd.answers} requests, {crowd.tokens} tokens; a newcomer would wait "
             f"about {wait_s:.1f} s): try again later.",
-            limit, self.until_room_s(), "shed_queue", predicted_wait_s=wait_s, deadline_s=deadline_s,
+            limit, crowd.room_s, "shed_queue", predicted_wait_s=wait_s, deadline_s=deadline_s,
         )  # fmt: skip
 
     def unreachable(self, wait_s: float, service_s: float, deadline_s: float) -> ApiError:
@@ -245,13 +287,13 @@ class Admission:
     ) -> ApiError:
         """503: with Retry-After spread a little, so that those who were refused together do not come back together."""
         after_s = min(max(after_s, SOONEST_S), LATEST_S) * self.jitter()
-        step_s = self.rates.step(max(self.busy(), 1))
+        crowd = self.crowd()
         details = {
             "limit_hit": limit,
-            "requests": self.answers,
-            "queue_depth": len(self.waiting),
-            "queued_tokens": self.tokens,
-            "drain_rate_tok_s": round(self.busy() / step_s, 1),
+            "requests": crowd.answers,
+            "queue_depth": crowd.waiting,
+            "queued_tokens": crowd.tokens,
+            "drain_rate_tok_s": round(crowd.tokens_per_s, 1),
             "retry_after_s": round(after_s, 1),
         }
         details |= {name: round(value, 2) for name, value in numbers.items() if value is not None}

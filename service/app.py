@@ -68,8 +68,13 @@ def make_app(house: House) -> Guard:
     add_completions(app, house)
     add_views(app, house)
     described(app, house.name)
+
+    def ended(life: Life) -> None:
+        serving.step_aside(life)
+        house.books.close(life)
+
     return Guard(
-        app, clock=serving.clock, door=door_of(house), ended=house.books.close, max_body=settings.max_body,
+        app, clock=serving.clock, door=door_of(house), ended=ended, max_body=settings.max_body,
         body_timeout=settings.body_timeout,
     )  # fmt: skip
 
@@ -83,7 +88,7 @@ def door_of(house: House) -> Callable[[dict, Headers, Life], None]:
             return
         life.facts["key"] = house.keys.check(headers.get("authorization"))
         if method == "POST" and life.endpoint in ("chat", "completions"):
-            house.serving.admission.check_door(life.facts["key"])
+            house.serving.knock(life)
 
     return door
 

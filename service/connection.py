@@ -6,12 +6,14 @@ middle of a stream, would hold a connection for ever (encode/uvicorn#157, and th
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.errors import ApiError
+from service.guard import Guard
 
 MOST_HEADER_BYTES = 32 << 10
 MOST_HEADERS = 100
@@ -20,10 +22,11 @@ REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
 
 
 class Connection(HttpToolsProtocol):
-    """header_timeout, send_timeout: seconds. Made by connection_class(), which names them."""
+    """header_timeout, send_timeout: seconds. at_once: the guard's. Made by connection_class(), which names them."""
 
     header_timeout: float
     send_timeout: float
+    at_once: Callable[[dict], tuple[int, dict[str, str], bytes] | None]
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -31,6 +34,8 @@ class Connection(HttpToolsProtocol):
         self.header_bytes = 0
         self.reader_timer: asyncio.TimerHandle | None = None
         self.header_timer: asyncio.TimerHandle | None = None
+        self.refused: tuple[Any, int, dict[str, str], bytes] | None = None
+        self.in_feed = False  # the parser is at work: whether a body follows is not known yet
         self.answering: Any = None  # the cycle that runs; self.cycle is the latest one, which may wait behind it
         self.expect_headers()
         transport.set_write_buffer_limits(high=SEND_BUFFER)
@@ -51,6 +56,12 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self.answering = cycle
+        refused = type(self).at_once(cycle.scope)
+        if refused is not None:
+            self.refused = (cycle, *refused)
+            if not self.in_feed:
+                self.send_refusal()
+            return
         if not self.flow.write_paused:
             self.stop_reader_timer()
         if cycle.scope["http_version"] == "1.0":  # knows no chunks: its answer ends with the connection
@@ -73,7 +84,28 @@ class Connection(HttpToolsProtocol):
             self.header_bytes += len(data)
             if self.header_bytes > MOST_HEADER_BYTES and self.headers_left_open(data):
                 return
+        self.in_feed = True
         super().data_received(data)
+        self.in_feed = False
+        if self.refused is not None:
+            self.send_refusal()
+
+    def send_refusal(self) -> None:
+        """The answer of the guard's door, without a task of its own. The connection ends where a body is still to come:
+        nobody will read it.
+        """
+        (cycle, status, headers, body), self.refused = self.refused, None
+        if self.transport.is_closing():
+            return
+        if self.reading_body or not cycle.keep_alive:
+            headers["connection"] = "close"
+        headers["content-length"] = str(len(body))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self.transport.write(STATUS_LINE[status] + lines.encode("latin-1", "replace") + b"\r\n" + body)
+        cycle.response_started = cycle.response_complete = True
+        if "connection" in headers:
+            self.transport.close()
+        self.on_response_complete()
 
     def headers_left_open(self, data: bytes) -> bool:
         """Whether so many bytes are headers only: a request may come whole, with its body, in one piece."""
@@ -160,7 +192,7 @@ class Endless:
         return False
 
 
-def connection_class(header_timeout: float, send_timeout: float) -> Any:
+def connection_class(guard: Guard, header_timeout: float, send_timeout: float) -> Any:
     """What uvicorn takes as its http protocol."""
-    limits = {"header_timeout": header_timeout, "send_timeout": send_timeout}
+    limits = {"header_timeout": header_timeout, "send_timeout": send_timeout, "at_once": guard.at_once}
     return type("LimitedConnection", (Connection,), limits)

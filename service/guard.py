@@ -7,8 +7,10 @@ Pure ASGI: a middleware of Starlette's BaseHTTPMiddleware kind would hide from t
 import asyncio
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
+
+import orjson
 
 from service.errors import ApiError
 from service.life import Life, server_timing
@@ -24,6 +26,8 @@ Headers = dict[str, str]
 class Guard:
     """Around the whole application. door(scope, headers, life): raises ApiError for those who cannot come in, whatever
     they ask. ended(life): closes the books, once for every request.
+
+    at_once() stands before it: a flood of refusals must not wait for those who are let in.
     """
 
     def __init__(
@@ -33,18 +37,33 @@ class Guard:
         self.app, self.clock, self.door, self.ended = app, clock, door, ended
         self.max_body, self.body_timeout = max_body, body_timeout
 
+    def at_once(self, scope: dict) -> tuple[int, dict[str, str], bytes] | None:
+        """For a request that has just begun: None to go on, or the whole answer (status, headers, body)."""
+        headers = headers_of(scope)
+        life = self.born(scope, headers)
+        try:
+            self.door(scope, headers, life)
+            return None
+        except ApiError as error:
+            life.failed(error.outcome, error.code)
+            life.status, body = error.status, orjson.dumps(error.body)
+            try:
+                given = {"content-type": "application/json", **error.all_headers}
+                return error.status, given | own_headers(life, given), body
+            finally:
+                self.ended(life)
+
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        life = self.born(scope, headers)
+        headers = headers_of(scope)
+        life: Life = scope["state"]["life"]
         sending = Sending(life, send)
         try:
-            with life.part("receive"):
+            with life.part("receive", life.start_s):
                 scope["state"]["body"] = await self.body(scope, headers, receive)
             life.opened_s = self.clock()
-            self.door(scope, headers, life)
             await self.app(scope, receive, sending)
         except ApiError as error:  # after the start of an answer, its route tells it
             life.failed(error.outcome, error.code)
@@ -116,13 +135,19 @@ class Sending:
         life = self.life
         if message["type"] == "http.response.start":
             self.started, life.status = True, message["status"]
-            message["headers"] = [*message["headers"], *own_headers(life, message["headers"])]
+            given = {name.lower().decode("latin-1") for name, _ in message["headers"]}
+            own = [(name.encode(), value.encode()) for name, value in own_headers(life, given).items()]
+            message["headers"] = [*message["headers"], *own]
         before = life.clock()
         await self.send(message)
         life.blocked_s += life.clock() - before
 
 
-def own_headers(life: Life, given: list) -> list[tuple[bytes, bytes]]:
-    names = {name.lower() for name, _ in given}
+def own_headers(life: Life, given: Collection[str]) -> dict[str, str]:
+    """What every answer carries, unless it was given another."""
     mine = {"x-request-id": life.facts.get("client_request_id", life.id), "server-timing": server_timing(life.split())}
-    return [(name.encode(), value.encode()) for name, value in mine.items() if name.encode() not in names]
+    return {name: value for name, value in mine.items() if name not in given}
+
+
+def headers_of(scope: dict) -> Headers:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}

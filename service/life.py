@@ -22,6 +22,7 @@ class Life:
     opened_s: float = 0.0  # when its body was there
     parsed_s: float | None = None  # when it was understood: from there on it wants to be admitted
     admitted_s: float = 0.0
+    at_door: bool = False  # a place is kept for it until it asks for a ticket
     endpoint: str = "other"
     parts: dict[str, float] = field(default_factory=dict)
     blocked_s: float = 0.0  # waiting for the reader

@@ -8,6 +8,7 @@ import uvicorn
 
 from service.app import House
 from service.connection import connection_class
+from service.guard import Guard
 
 BACKLOG = 2048
 
@@ -18,12 +19,12 @@ class Server(uvicorn.Server):
     uvicorn's own way closes the door at once, so that nobody could see why, and ends with the signal's status.
     """
 
-    def __init__(self, app: Any, house: House, ready: Callable[[str], None]) -> None:
+    def __init__(self, app: Guard, house: House, ready: Callable[[str], None]) -> None:
         settings = house.serving.settings
         super().__init__(uvicorn.Config(
             app, host=settings.host, port=settings.port, log_config=None, access_log=False, lifespan="on", ws="none",
             backlog=BACKLOG, server_header=False, proxy_headers=False, timeout_graceful_shutdown=1,
-            http=connection_class(settings.header_timeout, settings.send_timeout),
+            http=connection_class(app, settings.header_timeout, settings.send_timeout),
         ))  # fmt: skip
         self.house, self.ready = house, ready
         self.draining: asyncio.Task[None] | None = None
@@ -46,7 +47,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(app: Any, house: House, ready: Callable[[str], None]) -> None:
+def run(app: Guard, house: House, ready: Callable[[str], None]) -> None:
     """Serve until a signal ends it. ready: called with the address. SystemExit: the port cannot be had."""
     server = Server(app, house, ready)
     asyncio.run(server.serve())

@@ -62,6 +62,17 @@ class Serving:
 
     # ---- in
 
+    def knock(self, life: Life) -> None:
+        """Keep a place for a request whose body nobody has read yet. ApiError 503: there is none, whatever it asks."""
+        self.admission.knock(life.facts["key"])
+        life.at_door = True
+
+    def step_aside(self, life: Life) -> None:
+        """Give up the place at the door: it asks for a ticket now, or it has ended."""
+        if life.at_door:
+            self.admission.step_aside()
+        life.at_door = False
+
     async def admit(
         self, asked: ChatRequest | CompletionRequest, life: Life, key: str, patience_s: float, retry: bool
     ) -> Job:
@@ -93,6 +104,7 @@ class Serving:
         estimate = min(self.prompts.estimate(asked), self.context)
         drawn = estimate + n * new
         self.limits.draw(key, drawn)
+        self.step_aside(life)
         try:
             ticket = self.admission.enter(
                 answers=n, prompt_tokens=estimate, new_tokens=new, deadline_s=patience_s, key=key, retry=retry

@@ -82,7 +82,7 @@ class Watch:
             await asyncio.gather(looking, return_exceptions=True)
 
     async def look(self) -> None:
-        loop, next_laws_s = asyncio.get_running_loop(), 0.0
+        loop, next_laws_s, agreed = asyncio.get_running_loop(), 0.0, True
         while True:
             due_s = loop.time() + LOOK_S
             await asyncio.sleep(LOOK_S)
@@ -90,7 +90,8 @@ class Watch:
             if loop.time() >= next_laws_s:
                 next_laws_s = loop.time() + 1.0
                 self.guard_memory()
-                self.laws["little"] = self.little_agrees()
+                agreed, before = self.little_agrees(), agreed
+                self.laws["little"] = agreed or before  # one look may find somebody who has left one book only
 
     def guard_memory(self) -> None:
         admission, used = self.serving.admission, self.memory_used()

@@ -299,12 +299,14 @@ def served(
     app, addresses = make_app(house), []
     holder: list[Served] = []
 
-    async def counted(scope: dict, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            holder[0].received += 1
-        await app(scope, receive, send)
+    born = app.born
 
-    server = Server(counted, house, addresses.append)
+    def counted(scope: dict, headers: dict[str, str]) -> Any:
+        holder[0].received += 1
+        return born(scope, headers)
+
+    app.born = counted
+    server = Server(app, house, addresses.append)
     found = Served(house, runner, log, 0, server)
     holder.append(found)
     listener = Listener(found.errors)

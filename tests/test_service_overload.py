@@ -52,7 +52,7 @@ def test_b51_of_a_burst_exactly_as_many_come_in_as_there_are_places(checkpoint_f
         tokenised = counted(here.house.serving.prompts, "encode", monkeypatch)
         burst = Later(lambda: together(80, lambda i: here.chat(f"number {i}")))
         here.until(lambda: here.outcomes().get("shed_queue") == 72)
-        assert here.admission.answers == 8 and len(tokenised) == 8, "4 slots and 4 places in the queue"
+        here.until(lambda: here.admission.answers == 8 and len(tokenised) == 8, "4 slots and 4 places in the queue")
         here.runner.go()
         replies = burst.result()
         refused = [reply for reply in replies if reply.status == 503]
@@ -62,7 +62,7 @@ def test_b51_of_a_burst_exactly_as_many_come_in_as_there_are_places(checkpoint_f
             assert (reply.error["code"], reply.error["type"]) == ("server_overloaded", "overloaded_error")
             details = reply.error["details"]
             assert set(details) >= DETAILS and details["limit_hit"] == "requests"
-            assert details["requests"] == 8 and details["queue_depth"] <= 8 and details["queued_tokens"] > 0
+            assert details["requests"] == 8 and details["queue_depth"] <= 8
             assert reply.headers["x-should-retry"] == "true"
             assert 400 <= int(reply.headers["retry-after-ms"]) <= 72_000
             assert int(reply.headers["retry-after"]) * 1000 >= int(reply.headers["retry-after-ms"])

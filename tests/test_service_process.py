@@ -164,7 +164,7 @@ def test_b61_neighbours_that_leave_change_nobodys_bytes(house):
     until(lambda: house.figure("llmserve_requests_total", outcome="cancelled") == before + 12)
     assert house.figure("llmserve_requests_running") == house.figure("llmserve_kv_cache_usage_ratio") == 0
     assert house.figure("llmserve_wasted_tokens_total", reason="disconnect") > 0
-    assert house.ask("/health").json["status"] == "ok"
+    assert (found := house.ask("/health").json)["status"] == "ok", found
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -52,6 +52,19 @@ def test_a_broken_law_is_named_and_a_mended_one_forgotten(here, law: str):
     assert figure(here, "law_ok") == 3
 
 
+def test_a_single_odd_look_breaks_no_law(here):
+    """An answer that ends while two books are compared may stand in one of them only."""
+    looks, told = iter([False, True, False, False]), []
+
+    def little_agrees() -> bool:
+        told.append(here.house.watch.laws["little"])
+        return next(looks, True)
+
+    here.house.watch.little_agrees = little_agrees
+    here.until(lambda: len(told) == 5)
+    assert told[1:] == [True, True, True, False]
+
+
 def test_what_was_computed_for_nobody_is_booked_by_its_reason(checkpoint_folder):
     with served(checkpoint_folder, kv_blocks=9, max_running=2) as here:
         here.runner.hold()
