@@ -155,10 +155,11 @@ class FullDisk:
 
 
 def test_b72_a_log_that_cannot_be_written_costs_lines_and_no_answers(here):
+    settled(here)
     here.house.books.log.stream, kept = FullDisk(), here.house.books.log.stream
     assert [here.chat().status for _ in range(3)] == [200] * 3
     assert here.ask("/nothing").status == 404
-    assert figure(here, "log_lines_lost_total") == 4
+    here.until(lambda: figure(here, "log_lines_lost_total") == 4)
     here.house.books.log.stream = kept
     assert here.chat().status == 200 and len(settled(here)) == 2  # the probe's and this one's
 

@@ -227,8 +227,8 @@ def test_b56_a_deadline_that_passes_in_the_queue(checkpoint_folder, limit: str, 
 @pytest.mark.parametrize(
     ("stream", "header"),
     [
-        (False, {"x_request_deadline_ms": "300"}), (False, {"x_stainless_read_timeout": "0.3"}),
-        (True, {"x_request_deadline_ms": "300"}),
+        (False, {"x_request_deadline_ms": "700"}), (False, {"x_stainless_read_timeout": "0.7"}),
+        (True, {"x_request_deadline_ms": "700"}),
     ],
 )  # fmt: skip
 def test_b56_a_deadline_that_passes_while_tokens_come(checkpoint_folder, stream: bool, header):
