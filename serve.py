@@ -20,6 +20,7 @@ from config import SERVE_PACKAGES, UserError, check_packages
 if __name__ == "__main__":
     check_packages(*SERVE_PACKAGES, target="serve", requirements="requirements-serve.txt")
 
+import gc
 import json
 import logging
 import os
@@ -48,8 +49,11 @@ def main() -> int:
     logging.basicConfig(handlers=[LogHandler(house.books.log)], level=logging.WARNING, force=True)
     if settings.host not in ("127.0.0.1", "localhost", "::1") and not house.keys.hashes:
         console.warn(f"{settings.host} is open to others and no key is asked for: set LLM_INFER_API_KEY.")
+    app = make_app(house)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: the collector need not look through all of PyTorch while requests wait
     try:
-        run(make_app(house), house, ready=lambda address: greet(address, house))
+        run(app, house, ready=lambda address: greet(address, house))
     except SystemExit:  # uvicorn's way to say that the port is taken
         raise taken(settings.host, settings.port, "somebody was faster") from None
     if not house.serving.bridge.stop():

@@ -88,7 +88,10 @@ def door_of(house: House) -> Callable[[dict, Headers, Life], None]:
             return
         life.facts["key"] = house.keys.check(headers.get("authorization"))
         if method == "POST" and life.endpoint in ("chat", "completions"):
-            house.serving.knock(life)
+            if scope["state"]["whole"]:
+                house.serving.knock(life)
+            else:
+                house.serving.admission.check_door(life.facts["key"])
 
     return door
 

@@ -34,7 +34,7 @@ class Connection(HttpToolsProtocol):
         self.header_bytes = 0
         self.reader_timer: asyncio.TimerHandle | None = None
         self.header_timer: asyncio.TimerHandle | None = None
-        self.refused: tuple[Any, int, dict[str, str], bytes] | None = None
+        self.to_start: tuple[Any, Any] | None = None  # the cycle whose turn it is, and the application
         self.in_feed = False  # the parser is at work: whether a body follows is not known yet
         self.answering: Any = None  # the cycle that runs; self.cycle is the latest one, which may wait behind it
         self.expect_headers()
@@ -55,13 +55,24 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        self.answering = cycle
-        refused = type(self).at_once(cycle.scope)
-        if refused is not None:
-            self.refused = (cycle, *refused)
-            if not self.in_feed:
-                self.send_refusal()
-            return
+        self.answering, self.to_start = cycle, (cycle, app)
+        if not self.in_feed:
+            self.start()
+
+    def start(self) -> None:
+        """Whose turn it is, and who comes after those that are refused: in a loop, since a client may send hundreds."""
+        while self.to_start is not None:
+            (cycle, app), self.to_start = self.to_start, None
+            cycle.scope["state"]["whole"] = not cycle.more_body
+            refused = type(self).at_once(cycle.scope)
+            if refused is None:
+                self.start_task(cycle, app)
+            else:
+                self.in_feed = True
+                self.send_refusal(cycle, *refused)
+                self.in_feed = False
+
+    def start_task(self, cycle: Any, app: Any) -> None:
         if not self.flow.write_paused:
             self.stop_reader_timer()
         if cycle.scope["http_version"] == "1.0":  # knows no chunks: its answer ends with the connection
@@ -87,17 +98,15 @@ class Connection(HttpToolsProtocol):
         self.in_feed = True
         super().data_received(data)
         self.in_feed = False
-        if self.refused is not None:
-            self.send_refusal()
+        self.start()
 
-    def send_refusal(self) -> None:
+    def send_refusal(self, cycle: Any, status: int, headers: dict[str, str], body: bytes) -> None:
         """The answer of the guard's door, without a task of its own. The connection ends where a body is still to come:
         nobody will read it.
         """
-        (cycle, status, headers, body), self.refused = self.refused, None
         if self.transport.is_closing():
             return
-        if self.reading_body or not cycle.keep_alive:
+        if cycle.more_body or not cycle.keep_alive:
             headers["connection"] = "close"
         headers["content-length"] = str(len(body))
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

@@ -25,7 +25,8 @@ Headers = dict[str, str]
 
 class Guard:
     """Around the whole application. door(scope, headers, life): raises ApiError for those who cannot come in, whatever
-    they ask. ended(life): closes the books, once for every request.
+    they ask; called again when a body has come that did not come along with its headers ("whole" in the state): who
+    only promises one keeps nobody out. ended(life): closes the books, once for every request.
 
     at_once() stands before it: a flood of refusals must not wait for those who are let in.
     """
@@ -63,6 +64,9 @@ class Guard:
         try:
             with life.part("receive", life.start_s):
                 scope["state"]["body"] = await self.body(scope, headers, receive)
+            if not scope["state"]["whole"]:
+                scope["state"]["whole"] = True
+                self.door(scope, headers, life)
             life.opened_s = self.clock()
             await self.app(scope, receive, sending)
         except ApiError as error:  # after the start of an answer, its route tells it

@@ -202,6 +202,15 @@ def test_b62_a_stream_that_nobody_ever_began_to_read_gives_its_place_back(checkp
         here.until(lambda: not here.admission.inside, "for the second one's place to be free")
 
 
+def test_b62_hundreds_of_refused_requests_in_one_piece_are_all_answered(checkpoint_folder):
+    with served(checkpoint_folder, api_key="k") as here, here.open() as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        found = b""
+        while found.count(b"HTTP/1.1 401") < 1000:
+            found += connection.recv(1 << 20)
+        here.until(lambda: here.outcomes().get("client_error") == 1000)
+
+
 def test_b63_half_a_connection_is_none(checkpoint_folder):
     """The matrix wants a full reply for a client that closes its sending half and reads on. TCP cannot tell it from one
     that has closed altogether before something is written, and 60 and 61 want that one given up at once, also where

@@ -72,6 +72,26 @@ def test_b51_of_a_burst_exactly_as_many_come_in_as_there_are_places(checkpoint_f
         assert len(waits) == 72 and quantiles(waits, n=100)[98] < 0.05 * SLACK
 
 
+def test_b51_bodies_that_are_still_to_come_keep_nobody_out(checkpoint_folder):
+    """Else a handful of connections that promise a body and do not send it would fill the house."""
+    whole = raw_request(CHAT, chat_body("late"))
+    with served(checkpoint_folder) as here:
+        slow = [here.open() for _ in range(20)]
+        for connection in slow:
+            connection.sendall(whole[:-5])
+        here.until(lambda: here.received == 21)
+        assert here.admission.at_door == 0 and here.chat().status == 200
+        here.runner.hold()
+        for connection in slow:
+            connection.sendall(whole[-5:])
+        here.until(lambda: here.outcomes().get("shed_queue") == 12 and here.admission.answers == 8)
+        here.runner.go()
+        answers = [read_until(connection, b"}}") for connection in slow]
+        assert sum(b" 200 " in answer for answer in answers) == 8
+        for connection in slow:
+            connection.close()
+
+
 def test_b52_sustained_overload_never_overfills_the_queue_and_who_is_admitted_is_served(checkpoint_folder, monkeypatch):
     with served(checkpoint_folder) as here:
         here.runner.pace_s = 0.004
