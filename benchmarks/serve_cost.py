@@ -44,19 +44,22 @@ def start_claim(config: PromptConfig) -> Claim:
 
 
 def outside_claims(config: PromptConfig) -> list[Claim]:
-    """A request's time by the client's clock, less what the engine computed."""
+    """A request's time less the engine's steps, and less the moments between them, which are claimed by themselves."""
     service, count = OurService(config.model), 20 if config.quick else 60
     try:
         name, url = service.get("/v1/models")["data"][0]["id"], service.url + "/v1/completions"
-        alone = [outside_s(trace) for trace in client.closed_loop(url, bodies(name, count), 1)[5:]]
+        one = client.closed_loop(url, bodies(name, count), 1)[5:]
+        alone = [outside_s(trace, trace.usage["timing"]["total"]) for trace in one]
+        seen = [outside_s(trace, trace.e2e_s) for trace in one]
         four = client.closed_loop(url, bodies(name, count * 2), STREAMS)[STREAMS * 2 :]
         gap = median(trace.usage["timing"]["between"] / NEW for trace in four)
         late = sorted(alone)[int(len(alone) * 0.9)]
     finally:
         service.close()
     return [
-        Claim("a request's time outside the model, one client", "p50 < 3 ms",
-              f"p50 {median(alone) * 1e3:.2f} ms, p90 {late * 1e3:.2f} ms of {len(alone)}",
+        Claim("the server's time for a request outside the model", "p50 < 3 ms",
+              f"p50 {median(alone) * 1e3:.2f} ms, p90 {late * 1e3:.2f} ms of {len(alone)}; by the client's clock, "
+              f"its own work and the network included, p50 {median(seen) * 1e3:.2f} ms",
               median(alone) < 3e-3),
         Claim(f"between two steps, {STREAMS} streams", "< 0.2 ms", f"{gap * 1e3:.3f} ms", gap < 0.2e-3),
     ]  # fmt: skip
@@ -70,10 +73,9 @@ def bodies(name: str, count: int, prompt: int = PROMPT, new: int = NEW) -> list[
     ]  # fmt: skip
 
 
-def outside_s(trace: client.Trace) -> float:
-    """By the client's clock, less the engine's steps and the moments between them (claimed by themselves, per step)."""
+def outside_s(trace: client.Trace, total_s: float) -> float:
     timing = trace.usage["timing"]
-    return trace.e2e_s - timing["prefill"] - timing["decode"] - timing["between"]
+    return total_s - timing["prefill"] - timing["decode"] - timing["between"]
 
 
 # ---- from inside

@@ -215,6 +215,7 @@ class Engine:
         try:
             return self.runner.run(slices)
         except Exception as error:
+            self.counts["failed_steps"] += not isinstance(error, MemoryError)
             return failed(slices, error)
 
     def deliver(self, slices: list[Slice], results: list, start: float, now: float) -> None:

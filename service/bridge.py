@@ -5,6 +5,7 @@ step what it brought is handed to the loop in one call: news is collected per st
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ from engine.answer import Answer
 from engine.engine import Engine, StepTimes
 from engine.request import Choice, Sampling, StepFailed
 
+LOG = logging.getLogger(__name__)
+SOONEST_S, LATEST_S = 0.01, 1.0  # between two engines that fail one after the other
 IDLE_S = 1.0  # an idle engine looks around that often: whether it is to end
 
 
@@ -85,6 +88,7 @@ class Bridge:
         self.engine = make()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.wake = threading.Event()
+        self.pause_s = 0.0  # before the next step: an engine that fails at once is not replaced in a hot loop
         self.swap = threading.Lock()  # held while an engine is asked, or replaced by another one
         self.ending = False
         self.news: set[Stream] = set()
@@ -174,8 +178,14 @@ class Bridge:
         except Exception as error:  # not in the forward pass, whose requests are told: in the engine itself
             self.fail_running(error)
             self.replace_engine()
+            self.pause_s = min(max(2 * self.pause_s, SOONEST_S), LATEST_S)
+            time.sleep(self.pause_s)
             return True
-        self.watch(self.engine, self.engine.steps[-1] if busy else None)
+        self.pause_s = 0.0
+        try:
+            self.watch(self.engine, self.engine.steps[-1] if busy else None)
+        except Exception:  # who only watches must not stop the work
+            LOG.exception("the engine's step could not be watched")
         if self.engine.counts["failed_steps"]:
             self.replace_engine()
         return busy

@@ -191,20 +191,49 @@ def test_b71_a_step_that_hangs_is_told_with_evidence_and_idling_is_no_hanging(ch
         assert here.chat().status == 200 and here.outcomes()["timeout"] == 2
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_b71_an_engine_thread_that_has_died_is_seen_at_once(here):
-    bridge, watch = here.bridge, here.bridge.watch
+def test_who_only_watches_cannot_stop_the_work(here, caplog):
+    watch = here.bridge.watch
 
     def broken(*_: object) -> None:
         raise RuntimeError("a bug of ours")
 
-    bridge.watch = broken
+    here.bridge.watch = broken
+    assert here.chat().status == 200
+    assert "could not be watched" in caplog.text
+    here.bridge.watch = watch
+
+
+def test_an_engine_that_fails_at_once_is_not_replaced_in_a_hot_loop(here):
+    make = here.bridge.make
+
+    def broken():
+        engine = make()
+        engine.scheduler.plan = lambda *_: 1 / 0
+        return engine
+
+    here.bridge.make = broken
+    here.runner.faults[f"step {here.runner.steps + 1}"] = RuntimeError("the first failure")
+    before = here.bridge.restarts
+    assert here.chat().status == 500
+    time.sleep(0.5)
+    assert 3 < here.bridge.restarts - before < 10
+    here.bridge.make = make
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_b71_an_engine_thread_that_has_died_is_seen_at_once(here):
+    bridge, step = here.bridge, here.bridge.step
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    bridge.step = broken
     late = here.later(here.chat, headers={"X_Request_Deadline_Ms": "500"})
     here.until(lambda: not bridge.thread.is_alive())
     found = here.ask("/health/live")
     assert (found.status, found.json["reason"]) == (503, "the engine's thread has ended")
     assert late.result().status == 504
-    bridge.watch, bridge.thread = watch, threading.Thread(target=bridge.drive, daemon=True)
+    bridge.step, bridge.thread = step, threading.Thread(target=bridge.drive, daemon=True)
     bridge.thread.start()
     here.until(lambda: here.ask("/health/live").status == 200)
 
