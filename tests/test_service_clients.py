@@ -207,7 +207,9 @@ def test_b62_hundreds_of_refused_requests_in_one_piece_are_all_answered(checkpoi
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
         found = b""
         while found.count(b"HTTP/1.1 401") < 1000:
-            found += connection.recv(1 << 20)
+            piece = connection.recv(1 << 20)
+            assert piece, found.count(b"HTTP/1.1 401")
+            found += piece
         here.until(lambda: here.outcomes().get("client_error") == 1000)
 
 
