@@ -11,10 +11,6 @@ lies open at /metrics, /health, /capacity and /debug/requests. Every option is a
     LLM_INFER_API_KEY=secret python3 serve.py --host 0.0.0.0
 """
 
-import time
-
-STARTED = time.perf_counter()
-
 from config import SERVE_PACKAGES, UserError, check_packages
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ and take turns in one run; a peer that is not at work is stopped, so that its th
 
 import contextlib
 import json
-import os
 import select
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +20,7 @@ import torch
 
 from benchmarks.claim import Claim, rounds
 from benchmarks.engine_speed import OFFLINE, OFFLINE_NEW, offline_prompts
+from benchmarks.family import Family
 from config import ROOT, PromptConfig, UserError
 from engine import load as engine_load
 from engine import native
@@ -39,7 +38,7 @@ START_S = 600  # vLLM compiles for minutes the first time
 Ask = Callable[[Sequence[list[int]], int], list[list[int]]]
 
 
-class Peer:
+class Peer(Family):
     """Another engine in a process of its own, spoken to by a line each way (benchmarks/peers/line.py)."""
 
     def __init__(self, name: str, command: Sequence[str | Path], seconds: float = START_S) -> None:
@@ -54,16 +53,16 @@ class Peer:
         except BaseException:
             self.close()
             raise
-        self.signal(signal.SIGSTOP)
+        self.rest()
 
     def __call__(self, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
-        self.signal(signal.SIGCONT)
+        self.work()
         try:
             with contextlib.suppress(BrokenPipeError):  # it is gone: reply() says so
                 self.process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": new_tokens}) + "\n")
             return self.reply(START_S)["answers"]
         finally:
-            self.signal(signal.SIGSTOP)
+            self.rest()
 
     def reply(self, seconds: float) -> dict[str, Any]:
         ready, _, _ = select.select([self.process.stdout], [], [], seconds)
@@ -72,17 +71,6 @@ class Peer:
             why = f"nothing for {seconds:.0f} s" if not ready else f"it ended with status {self.process.wait()}"
             raise UserError(f"{self.name} does not answer ({why}): run its program under benchmarks/peers by hand.")
         return json.loads(line)
-
-    def signal(self, which: signal.Signals) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, which)
-
-    def close(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
 
 
 def commands(config: PromptConfig, threads: int) -> dict[str, list[str | Path]]:

@@ -3,7 +3,6 @@
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -13,12 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.family import Family
 from config import ROOT, UserError
 
 START_S = 600.0  # some compile for minutes the first time
 
 
-class ServerProcess:
+class ServerProcess(Family):
     """command: what starts it. ready: the path that answers 200 when it serves. Its own family of processes."""
 
     def __init__(self, name: str, command: Sequence[str | Path], url: str, ready: str, **environment: str) -> None:
@@ -50,21 +50,6 @@ class ServerProcess:
         with urllib.request.urlopen(self.url + path, timeout=START_S) as answer:
             return json.load(answer)
 
-    def rest(self) -> None:
-        """Stop its threads, so that they do not spin beside another's."""
-        self.signal(signal.SIGSTOP)
-
-    def work(self) -> None:
-        self.signal(signal.SIGCONT)
-
-    def signal(self, which: signal.Signals) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, which)
-
-    def close(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.wait()
-
 
 class OurService(ServerProcess):
     """serve.py on a free port, as a user starts it."""
@@ -83,7 +68,3 @@ class OurService(ServerProcess):
             self.close()
             raise UserError(f"serve.py did not start: try {' '.join(command[:2])} by hand.")
         self.url = line.rsplit(" at ", 1)[1].strip()
-
-    def close(self) -> None:
-        super().close()
-        self.process.stdout.close()

@@ -67,7 +67,7 @@ class Area:
 
 @dataclass(frozen=True)
 class State:
-    """What the engine looked like after its latest step. kv_held: blocks that requests hold."""
+    """What the engine looks like now. kv_held: blocks that requests hold."""
 
     waiting: int = 0
     running: int = 0
@@ -96,7 +96,6 @@ class Bridge:
         self.working = False
         self.ready = True  # False while an engine is being replaced
         self.restarts = 0
-        self.state = self.seen()
         self.past: Counter[str] = Counter()  # the counts of engines that were replaced
         self.wasted: Counter[str] = Counter()  # tokens computed for nobody, by reason
         self.in_house = Area(clock)  # answers that the engine has
@@ -163,7 +162,6 @@ class Bridge:
             self.progress_s, self.working = self.clock(), True
             busy = self.step()
             self.progress_s, self.working = self.clock(), False
-            self.state = self.seen()
             if self.news:
                 news, self.news = self.news, set()
                 self.tell(news)

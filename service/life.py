@@ -26,7 +26,6 @@ class Life:
     endpoint: str = "other"
     parts: dict[str, float] = field(default_factory=dict)
     blocked_s: float = 0.0  # waiting for the reader
-    first_byte_s: float | None = None
     outcome: str = "ok"
     error_code: str | None = None
     status: int = 0

@@ -15,8 +15,6 @@ ENDPOINTS = {
     "/health": "health", "/health/live": "health", "/health/ready": "health", "/capacity": "capacity",
     "/config": "config",
 }  # fmt: skip
-OUTCOMES = ("ok", "client_error", "rate_limited", "shed_queue", "shed_deadline", "shed_memory", "shed_drain", "timeout",
-            "cancelled", "engine_error")  # fmt: skip
 # As OpenTelemetry has them for time to the first token and for a whole request, with longer ones for CPUs.
 FIRST_TOKEN_S = (
     0.001,

@@ -63,7 +63,7 @@ class Serving:
     # ---- in
 
     def knock(self, life: Life) -> None:
-        """Keep a place for a request whose body nobody has read yet. ApiError 503: there is none, whatever it asks."""
+        """Keep a place for a request whose body is there, unread. ApiError 503: there is none, whatever it asks."""
         self.admission.knock(life.facts["key"])
         life.at_door = True
 

@@ -44,7 +44,7 @@ async def bridged(runner: Runner, **wishes: int):
         yield bridge
         runner.go()
         await until(lambda: not (bridge.engine.answers or bridge.engine.inbox))
-        await until(lambda: bridge.state.kv_held == 0)
+        await until(lambda: bridge.seen().kv_held == 0)
         assert bridge.count("computed") == bridge.useful + sum(bridge.wasted.values())
         assert bridge.in_house.count == 0
         bridge.engine.scheduler.check()

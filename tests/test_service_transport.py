@@ -91,7 +91,8 @@ def test_b8_the_same_on_a_connection_that_was_used_before(here):
         read_until(connection, b"threshold_s")
         begin = time.monotonic()
         connection.sendall(b"GET /health/live HTTP/1.1\r\nX: ")
-        assert read_all(connection) == b"}" or time.monotonic() - begin < 10
+        assert read_all(connection) in (b"", b"}")  # closed, with the rest of the first answer at most
+        assert 0.8 < time.monotonic() - begin < 10
 
 
 def test_b9_a_slow_body(here):
