@@ -30,7 +30,7 @@ from lab.sampler import process_age_s
 from metrics import number
 from service import capacity
 from service.app import make_app
-from service.assembly import LogHandler, Model, assembled
+from service.assembly import LogHandler, Model, assembled, on_passing_thread
 from service.prompts import Prompts
 from service.server import run
 from service.settings import ServeConfig
@@ -41,7 +41,7 @@ def main() -> int:
     settings = ServeConfig.from_cli(__doc__)
     check(settings)
     log = opened(settings.log_file)
-    house = assembled(settings, model_of(settings), log=log)
+    house = on_passing_thread(lambda: assembled(settings, model_of(settings), log=log))
     logging.basicConfig(handlers=[LogHandler(house.books.log)], level=logging.WARNING, force=True)
     if settings.host not in ("127.0.0.1", "localhost", "::1") and not house.keys.hashes:
         console.warn(f"{settings.host} is open to others and no key is asked for: set LLM_INFER_API_KEY.")

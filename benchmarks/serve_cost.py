@@ -16,7 +16,7 @@ from config import PromptConfig
 from lab import client
 from serve import model_of
 from service.app import House, make_app
-from service.assembly import assembled
+from service.assembly import assembled, on_passing_thread
 from service.server import Server
 from service.settings import ServeConfig
 
@@ -84,7 +84,7 @@ def outside_s(trace: client.Trace, total_s: float) -> float:
 def inside_claims(config: PromptConfig) -> list[Claim]:
     settings = ServeConfig(model=config.model, port=0, threads=config.threads)
     with Path("/dev/null").open("w") as log:
-        house = assembled(settings, model_of(settings), log=log)
+        house = on_passing_thread(lambda: assembled(settings, model_of(settings), log=log))
         with running(house) as (url, server):
             return [telemetry_claim(house, url), lag_claim(house, server, url)]
 

@@ -62,6 +62,7 @@ class Engine:
         self.eos_ids, self.context, self.vocabulary = eos_ids, context, vocabulary
         self.inbox: deque[tuple[str, Answer]] = deque()  # append and popleft are atomic
         self.answers: dict[Request, Answer] = {}
+        self.before_compute: Callable[[], object] = lambda: None  # the moment to let other threads of Python's work
         self.numbers = itertools.count()
         self.steps: deque[StepTimes] = deque(maxlen=STEPS_KEPT)
         self.counts = dict.fromkeys(
@@ -178,6 +179,7 @@ class Engine:
         if not slices:
             return False
         planned = self.clock()
+        self.before_compute()
         results = self.compute(slices)
         computed = self.clock()
         tokens = sum(part.count for part in slices)

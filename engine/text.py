@@ -7,6 +7,8 @@ still change, and text that could still become a stop string, is held back.
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for a character whose bytes are not all there
+PATIENCE = 32  # tokens; where no character has ended for so long, the bytes make none
+OPEN = 3  # characters at the end that a next byte could still make into one
 WINDOW = 8  # tokens decoded together at the least: decoding all of them for each new one would be quadratic
 
 
@@ -25,23 +27,27 @@ class Text:
         self.shown = 0  # characters taken
         self.window: list[int] = []  # the last tokens, and of their text the characters that are in self.text
         self.taken = 0
+        self.unfinished = 0  # tokens since a character last ended
 
     def add(self, token: int) -> None:
         self.window.append(token)
         decoded = self.decode(self.window)
-        if decoded.endswith(UNFINISHED):  # some decoders then show whole characters before it so too: wait
+        self.unfinished = self.unfinished + 1 if decoded.endswith(UNFINISHED) else 0
+        if 0 < self.unfinished < PATIENCE:  # some decoders then show whole characters before it so too: wait
             return
-        self.extend(decoded[self.taken :])
-        self.taken = len(decoded)
+        certain = max(len(decoded) - (OPEN if self.unfinished else 0), self.taken)
+        self.extend(decoded[self.taken : certain])
+        self.taken = certain
         if len(self.window) >= 2 * WINDOW:
             self.cut_window(decoded)
 
     def cut_window(self, decoded: str) -> None:
         """Forget the tokens that can change nothing any more: the rest must still read as the end of the whole."""
         rest = self.window[-WINDOW:]  # not fewer: some decoders drop the space before a first token
-        tail = self.decode(rest)
-        if tail and not tail.startswith(UNFINISHED) and decoded.endswith(tail):
-            self.window, self.taken = rest, len(tail)
+        tail, left = self.decode(rest), len(decoded) - self.taken
+        whole = tail and not tail.startswith(UNFINISHED)
+        if (whole or self.unfinished) and len(tail) >= left and decoded.endswith(tail):
+            self.window, self.taken = rest, len(tail) - left
 
     def end(self) -> None:
         """No token comes any more: what was held back is certain now."""

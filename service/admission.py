@@ -28,7 +28,7 @@ REMEMBERED = 100  # admissions that the retry budget looks back on
 class Limits:
     """slots: answers computed at once. queued: answers that may wait. tokens: what all in the house may add up to.
 
-    patience_s: the longest predicted wait that is still let in. shared: several keys share the house.
+    patience_s: the longest predicted wait in the queue that is still let in. shared: several keys share the house.
     """
 
     slots: int
@@ -169,7 +169,8 @@ class Admission:
         if retry and self.waiting and self.retried.count(True) >= MOST_RETRIES * REMEMBERED:
             raise self.full("retries", self.predicted_wait_s(answers, prompt_tokens), deadline_s)
         ticket.predicted_s = self.predicted_wait_s(answers, prompt_tokens)
-        if ticket.predicted_s > self.limits.patience_s * self.share(key):
+        queue_s = self.predicted_wait_s(answers, 0)  # without its own prompt, which is no waiting
+        if self.inside and queue_s > self.limits.patience_s * self.share(key):
             raise self.full("wait", ticket.predicted_s, deadline_s)
         service_s = (new_tokens - 1) * self.rates.step(self.busy(answers))
         if ticket.predicted_s + service_s > deadline_s:

@@ -55,10 +55,12 @@ def make_app(house: House) -> Guard:
         serving.bridge.start()
         async with house.watch.awake():
             yield
+        house.books.settle()
         serving.bridge.stop()
         serving.prompts.pool.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="llm-infer-baseline", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="llm-infer-baseline", docs_url=None, redoc_url=None, lifespan=lifespan,
+                  redirect_slashes=False)  # fmt: skip
     app.add_exception_handler(ApiError, explain)
     app.add_exception_handler(HTTPException, no_such_route)
     app.add_exception_handler(Exception, broken)
@@ -74,8 +76,8 @@ def make_app(house: House) -> Guard:
         house.books.close(life)
 
     return Guard(
-        app, clock=serving.clock, door=door_of(house), ended=ended, max_body=settings.max_body,
-        body_timeout=settings.body_timeout,
+        app, clock=serving.clock, door=door_of(house), ended=ended, refused=house.books.close_later,
+        max_body=settings.max_body, body_timeout=settings.body_timeout, cors_origin=settings.cors_origin,
     )  # fmt: skip
 
 
@@ -117,6 +119,7 @@ def add_completions(app: FastAPI, house: House) -> None:
             reply = Reply(
                 f"{'chatcmpl' if kind is ChatRequest else 'cmpl'}-{life.id.removeprefix('req-')}", house.name,
                 kind is ChatRequest, house.about["hash"], serving.prompts.token, asked.top_logprobs_wanted is not None,
+                bool(asked.stream_options and asked.stream_options.include_usage),
             )  # fmt: skip
             headers = serving.limits.headers(key) | ({"x-ignored-params": listed(ignored)} if ignored else {})
             if asked.stream:
@@ -150,7 +153,8 @@ def add_completions(app: FastAPI, house: House) -> None:
 async def gathered(serving: Serving, job: Job, reply: Reply, headers: dict[str, str]) -> Response:
     try:
         async for _ in serving.follow(job):
-            pass
+            for answer in job.answers:
+                answer.catch_up()  # piece by piece: a long text at once would keep everybody waiting
         parts = job.life.split()
         found = reply.whole(job.answers, usage(job.prompt_tokens, job.answers, parts))
         return whole(found, headers=headers | {"server-timing": server_timing(parts)})
@@ -179,7 +183,7 @@ async def streamed(serving: Serving, job: Job, reply: Reply) -> AsyncGenerator[b
                 if done and i not in ended:
                     ended.add(i)
                     yield event(reply.ending(i, answer))
-        if job.asked.stream_options and job.asked.stream_options.include_usage:
+        if reply.tells_usage:
             yield event(reply.chunk([], usage=usage(job.prompt_tokens, job.answers, job.life.split())))
         yield END
     except ApiError as error:  # the status has been sent
@@ -258,6 +262,7 @@ def add_views(app: FastAPI, house: House) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         watch.refresh()
+        house.books.settle()
         return Response(generate_latest(house.books.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/capacity")
@@ -270,14 +275,16 @@ def add_views(app: FastAPI, house: House) -> None:
 
     @app.get("/debug/requests")
     async def latest(http: Request) -> Response:
+        house.books.settle()
         return whole({"requests": house.books.lives.latest(http.state.life.facts["key"])})
 
     @app.get("/debug/requests/{request_id}")
     async def one_life(http: Request, request_id: str) -> Response:
+        house.books.settle()
         found = house.books.lives.get(request_id[:LONGEST_ID], http.state.life.facts["key"])
         if found is None:
             raise ApiError(404, "not_found", "No request of this id is remembered: the last ones are, by x-request-id.")
-        return whole(found)
+        return whole(found | {"timelines": [one.shown() for one in found["timelines"]]})
 
 
 def model_card(house: House) -> dict[str, Any]:

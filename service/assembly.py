@@ -2,10 +2,12 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from engine.engine import Engine
 from service.admission import Admission, Limits, Rates
@@ -20,6 +22,8 @@ from service.prompts import Prompts
 from service.serving import UNLIMITED, Serving
 from service.settings import ServeConfig
 from service.watch import Watch
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,28 @@ def assembled(
     request_log = RequestLog(log or sys.stderr, metrics.log_lost)
     books = Books(metrics, request_log, Lives(), model.prompts.decode if settings.log_prompts else None)
     return House(serving, keys, books, Watch(serving, metrics, memory_used), about)
+
+
+def on_passing_thread(work: Callable[[], Result]) -> Result:
+    """What the work gives, done on a thread that ends with it.
+
+    For loading and probing a model that another thread will compute with. OpenMP keeps a team for every thread that
+    ever used it; once the teams together have more threads than there are cores, none spins at a barrier any more, each
+    sleeps, and waking up takes longer than the work between two barriers (libgomp, config/linux/wait.h:
+    gomp_throttled_spin_count_var). A thread that ends takes its team along.
+    """
+    found: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    thread = threading.Thread(target=run, name="loading", daemon=True)  # daemon: Ctrl-C need not wait for it
+    thread.start()
+    thread.join()
+    return found.result()
 
 
 class LogHandler(logging.Handler):

@@ -1,5 +1,8 @@
 """When a request has ended: its figures go into the metrics, its line into the log, its times among the last lives."""
 
+import asyncio
+from array import array
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +12,8 @@ from service.observe import Lives, Metrics, RequestLog
 
 PROBES = ("health", "metrics")  # asked every few seconds by machines: counted, and logged only when they fail
 COMPLETIONS = ("chat", "completions")
+MOST_KEPT = 512  # steps and tokens of one answer, for whoever asks later
+LATER_S, AT_ONE_GO = 0.05, 20  # the books of a flood: closed when it has been answered, and not all in one breath
 
 
 class Books:
@@ -18,6 +23,21 @@ class Books:
         self, metrics: Metrics, log: RequestLog, lives: Lives, decode: Callable[[list[int]], str] | None
     ) -> None:
         self.metrics, self.log, self.lives, self.decode = metrics, log, lives, decode
+        self.refused: deque[Life] = deque()
+
+    def close_later(self, life: Life) -> None:
+        """Of a refusal: its books take as long as its answer, and behind it in a flood others wait for theirs."""
+        life.ended_s = life.clock()
+        self.refused.append(life)
+        if len(self.refused) == 1:
+            asyncio.get_running_loop().call_later(LATER_S, self.settle, AT_ONE_GO)
+
+    def settle(self, most: int | None = None) -> None:
+        """Close what close_later() left; when that is more than `most`, the rest behind whatever else is to be done."""
+        for _ in range(min(most or len(self.refused), len(self.refused))):
+            self.close(self.refused.popleft())
+        if self.refused:
+            asyncio.get_running_loop().call_soon(self.settle, most)
 
     def close(self, life: Life) -> None:
         parts = life.split()
@@ -25,7 +45,7 @@ class Books:
         facts = self.facts(life, parts)
         if life.endpoint in COMPLETIONS:
             self.measure(life, parts)
-            self.lives.add(life.id, facts | {"timelines": timelines(life)})
+            self.lives.add(life.id, facts | {"timelines": [Times(one, life.start_s) for one in life.requests]})
         if life.endpoint not in PROBES or life.status != 200:
             self.log.write("request", **facts)
 
@@ -44,7 +64,7 @@ class Books:
                 m.first_token.observe(tokens[0] - life.start_s)
             if len(tokens) > 1:
                 m.per_token.observe((tokens[-1] - tokens[0]) / (len(tokens) - 1))
-        if life.requests:
+        if life.requests and life.requests[0].timeline.admitted is not None:
             first = life.requests[0]
             m.prompt_tokens.labels("true").inc(first.reused)
             m.prompt_tokens.labels("false").inc(len(first.prompt) - first.reused)
@@ -85,18 +105,28 @@ def prediction_error_s(life: Life) -> float | None:
     return abs(tokens[0] - life.admitted_s - life.facts["predicted_wait"])
 
 
-def timelines(life: Life) -> list[dict[str, Any]]:
-    """Every answer's, in milliseconds since the request arrived. steps: start, length, tokens, requests in the step."""
-    return [timeline(one, life.start_s) for one in life.requests]
+class Times:
+    """One answer's, in milliseconds since its request arrived; packed, since hundreds of them are kept for hours.
 
+    steps: begin, length, tokens, requests in the step. Of long answers the first MOST_KEPT steps and tokens.
+    """
 
-def timeline(request: Request, start_s: float) -> dict[str, Any]:
-    def since(moment_s: float | None) -> float | None:
-        return None if moment_s is None else round((moment_s - start_s) * 1e3, 3)
+    def __init__(self, request: Request, start_s: float) -> None:
+        line = request.timeline
+        moments = (line.arrived, line.admitted, line.finished)
+        self.edges = [None if moment is None else round((moment - start_s) * 1e3, 3) for moment in moments]
+        self.tokens = array("f", [(moment - start_s) * 1e3 for moment in line.tokens[:MOST_KEPT]])
+        self.steps = array("f")
+        for begin, end, tokens, size in line.slices[:MOST_KEPT]:
+            self.steps.extend(((begin - start_s) * 1e3, (end - begin) * 1e3, tokens, size))
+        self.left_out = max(len(line.tokens) - MOST_KEPT, len(line.slices) - MOST_KEPT, 0)
 
-    line, steps = request.timeline, request.timeline.slices
-    return {
-        "arrived": since(line.arrived), "admitted": since(line.admitted), "finished": since(line.finished),
-        "tokens": [since(moment) for moment in line.tokens],
-        "steps": [[since(begin), round((end - begin) * 1e3, 3), tokens, size] for begin, end, tokens, size in steps],
-    }  # fmt: skip
+    def shown(self) -> dict[str, Any]:
+        arrived, admitted, finished = self.edges
+        steps = [round(number, 3) for number in self.steps]
+        return {
+            "arrived": arrived, "admitted": admitted, "finished": finished,
+            "tokens": [round(moment, 3) for moment in self.tokens],
+            "steps": [[*steps[i : i + 2], *map(int, steps[i + 2 : i + 4])] for i in range(0, len(steps), 4)],
+            "left_out": self.left_out,
+        }  # fmt: skip

@@ -1,14 +1,16 @@
 """The engine on a thread of its own, behind a face that a process of its own could have too.
 
-The event loop asks (submit, cancel) and is told when there is something new; neither waits for the other. After each
-step what it brought is handed to the loop in one call: news is collected per step, not per token.
+The event loop asks (submit, cancel) and is told when there is something new; neither waits for the other. What a step
+brought is handed to the loop in one call: news is collected per step, not per token. The loop is told when the next
+step's arithmetic begins, which needs no Python: told before, it would take the interpreter's lock (the GIL) from the
+planning of that step.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +20,7 @@ from engine.request import Choice, Sampling, StepFailed
 
 LOG = logging.getLogger(__name__)
 SOONEST_S, LATEST_S = 0.01, 1.0  # between two engines that fail one after the other
+STEPS_KEPT = 1_000
 IDLE_S = 1.0  # an idle engine looks around that often: whether it is to end
 
 
@@ -85,7 +88,7 @@ class Bridge:
 
     def __init__(self, make: Callable[[], Engine], clock: Callable[[], float] = time.perf_counter) -> None:
         self.make, self.clock = make, clock
-        self.engine = make()
+        self.engine = self.new_engine()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.wake = threading.Event()
         self.pause_s = 0.0  # before the next step: an engine that fails at once is not replaced in a hot loop
@@ -99,6 +102,7 @@ class Bridge:
         self.past: Counter[str] = Counter()  # the counts of engines that were replaced
         self.wasted: Counter[str] = Counter()  # tokens computed for nobody, by reason
         self.in_house = Area(clock)  # answers that the engine has
+        self.unfinished: set[Answer] = set()  # the same ones
         self.residence_s = 0.0  # of those that have ended, from their own stamps
         self.useful = 0  # tokens computed for answers that were wanted to the end
         self.watch: Callable[[Engine, StepTimes | None], object] = lambda _engine, _times: None
@@ -121,6 +125,7 @@ class Bridge:
 
         with self.swap:
             stream.answers = self.engine.prepared_many(prompt, sampling, n, salt=salt, listener=listener)
+            self.unfinished.update(stream.answers)
             self.in_house.change(n)
             self.engine.queue(stream.answers)
         self.wake.set()
@@ -162,10 +167,8 @@ class Bridge:
             self.progress_s, self.working = self.clock(), True
             busy = self.step()
             self.progress_s, self.working = self.clock(), False
-            if self.news:
-                news, self.news = self.news, set()
-                self.tell(news)
             if not busy:
+                self.tell()
                 self.wake.wait(IDLE_S)
                 self.wake.clear()
 
@@ -176,6 +179,7 @@ class Bridge:
         except Exception as error:  # not in the forward pass, whose requests are told: in the engine itself
             self.fail_running(error)
             self.replace_engine()
+            self.tell()
             self.pause_s = min(max(2 * self.pause_s, SOONEST_S), LATEST_S)
             time.sleep(self.pause_s)
             return True
@@ -188,11 +192,21 @@ class Bridge:
             self.replace_engine()
         return busy
 
-    def tell(self, news: set[Stream]) -> None:
+    def tell(self) -> None:
+        """What is new since the last time, to the loop."""
+        if not self.news:
+            return
+        news, self.news = self.news, set()
         try:
             self.loop.call_soon_threadsafe(lambda: [stream.changed.set() for stream in news])
         except RuntimeError:  # the loop has ended: nobody is there to be told
             self.ending = True
+
+    def new_engine(self) -> Engine:
+        engine = self.make()
+        engine.before_compute = self.tell
+        engine.steps = deque(maxlen=STEPS_KEPT)  # it runs for weeks, and the last one is what is looked at
+        return engine
 
     def fail_running(self, error: Exception) -> None:
         engine = self.engine
@@ -203,7 +217,7 @@ class Bridge:
     def replace_engine(self) -> None:
         """A new engine on the same network. Whom the failure did not concern goes on in it."""
         self.ready = False
-        old, new = self.engine, self.make()
+        old, new = self.engine, self.new_engine()
         with self.swap:
             old.hand_over_to(new)
             self.past += Counter(old.counts)
@@ -214,6 +228,7 @@ class Bridge:
     def close_books(self, answer: Answer, stream: Stream) -> None:
         """Whose tokens were for nothing, and why."""
         request = answer.request
+        self.unfinished.discard(answer)
         self.in_house.change(-1)
         self.residence_s += request.timeline.finished - request.timeline.arrived
         ended_well = request.finish_reason in ("stop", "length")

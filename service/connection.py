@@ -5,6 +5,7 @@ middle of a stream, would hold a connection for ever (encode/uvicorn#157, and th
 """
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -17,21 +18,26 @@ from service.guard import Guard
 
 MOST_HEADER_BYTES = 32 << 10
 MOST_HEADERS = 100
+LINGER_S = 1.0  # for what is on its way, after an answer that did not wait for it
+RAW_SHARE = 8  # bytes on the wire for each byte of a body: chunks of one byte need six
+UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
 SEND_BUFFER = 64 << 10  # bytes that the kernel keeps for a slow reader: small, so that it is seen soon
-REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
+REASONS = {400: b"Bad Request", 413: b"Content Too Large", 431: b"Request Header Fields Too Large"}
 
 
 class Connection(HttpToolsProtocol):
-    """header_timeout, send_timeout: seconds. at_once: the guard's. Made by connection_class(), which names them."""
+    """header_timeout, send_timeout: seconds. max_body: bytes. at_once: the guard's. Made by connection_class()."""
 
     header_timeout: float
     send_timeout: float
+    max_body: int
     at_once: Callable[[dict], tuple[int, dict[str, str], bytes] | None]
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.reading_body = False
-        self.header_bytes = 0
+        self.deaf = False  # it has been answered for the last time: what still comes is read and thrown away
+        self.header_bytes = self.body_bytes = 0  # as they come; of a body with its chunks' heads and trailers
         self.reader_timer: asyncio.TimerHandle | None = None
         self.header_timer: asyncio.TimerHandle | None = None
         self.to_start: tuple[Any, Any] | None = None  # the cycle whose turn it is, and the application
@@ -87,18 +93,33 @@ class Connection(HttpToolsProtocol):
 
     def headers_too_late(self) -> None:
         self.header_timer = None
-        self.transport.close()
+        if self.busy:  # the beginning of a next request must not end the answer to this one
+            self.expect_headers()
+        else:
+            self.transport.close()
+
+    @property
+    def busy(self) -> bool:
+        return self.answering is not None and not self.answering.response_complete
 
     def data_received(self, data: bytes) -> None:
-        if not self.reading_body:
+        if self.deaf:
+            return
+        if self.reading_body:
+            self.body_bytes += len(data)
+        else:
             self.expect_headers()
             self.header_bytes += len(data)
-            if self.header_bytes > MOST_HEADER_BYTES and self.headers_left_open(data):
-                return
+            data = without_upgrade(data)
         self.in_feed = True
         super().data_received(data)
         self.in_feed = False
-        self.start()
+        if not self.reading_body and self.header_bytes > MOST_HEADER_BYTES:
+            self.refuse_headers()
+        elif self.body_bytes > RAW_SHARE * self.max_body:
+            self.refuse(413, "body_too_large", f"The body's chunks and trailers exceed {self.body_bytes:,} bytes.")
+        else:
+            self.start()
 
     def send_refusal(self, cycle: Any, status: int, headers: dict[str, str], body: bytes) -> None:
         """The answer of the guard's door, without a task of its own. The connection ends where a body is still to come:
@@ -110,26 +131,41 @@ class Connection(HttpToolsProtocol):
             headers["connection"] = "close"
         headers["content-length"] = str(len(body))
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self.transport.write(STATUS_LINE[status] + lines.encode("latin-1", "replace") + b"\r\n" + body)
+        told = b"" if cycle.scope["method"] == "HEAD" else body
+        self.transport.write(STATUS_LINE[status] + lines.encode("latin-1", "replace") + b"\r\n" + told)
         cycle.response_started = cycle.response_complete = True
-        if "connection" in headers:
+        if cycle.more_body:
+            self.close_when_read()
+        elif "connection" in headers:
             self.transport.close()
         self.on_response_complete()
 
-    def headers_left_open(self, data: bytes) -> bool:
-        """Whether so many bytes are headers only: a request may come whole, with its body, in one piece."""
-        if b"\r\n\r\n" in data[:MOST_HEADER_BYTES]:
-            return False
+    def close_when_read(self) -> None:
+        """A connection that is closed over unread bytes is reset, and the answer with it (RFC 9112, section 9.6)."""
+        self.deaf = True
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def refuse_headers(self) -> None:
         self.refuse(431, "header_too_large", f"The headers are larger than {MOST_HEADER_BYTES:,} bytes.")
-        return True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.reading_body:  # else a trailer, behind a body in chunks: nobody asked for it
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if self.header_timer is not None:
             self.header_timer.cancel()
             self.header_timer = None
-        self.reading_body = True
+        self.reading_body, self.body_bytes = True, 0
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MOST_HEADER_BYTES:
+            self.refuse_headers()
+            return
         if len(self.headers) > MOST_HEADERS:
             self.refuse(431, "header_too_large", f"There are more than {MOST_HEADERS} headers.")
+            return
+        if self.parser.should_upgrade() and self.parser.get_method() != b"GET":
+            self.refuse(400, "invalid_http", "Nothing but HTTP/1.1 is spoken here: leave the Upgrade header out.")
             return
         super().on_headers_complete()
 
@@ -147,7 +183,11 @@ class Connection(HttpToolsProtocol):
 
     def refuse(self, status: int, code: str, message: str) -> None:
         """An answer before there is a request: OpenAI's error object all the same, and the end of the connection."""
-        if self.transport.is_closing():
+        if self.deaf or self.transport.is_closing():
+            return
+        self.deaf = True
+        if self.busy and not self.answering.more_body:  # another request's answer is on its way: only that
+            self.answering.keep_alive = False
             return
         body = orjson.dumps(ApiError(status, code, message).body)
         head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
@@ -188,6 +228,16 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
 
+def without_upgrade(data: bytes) -> bytes:
+    """The offer to go on in HTTP/2, which some clients make with every request (Java's, for one), under a name that
+    means nothing: the parser would stop at it, and the body be lost.
+    """
+    if b"h2c" not in data:
+        return data
+    head, between, rest = data.partition(b"\r\n\r\n")
+    return UPGRADE.sub(b"\r\nx-asked", head) + between + rest
+
+
 class Endless:
     """A body's length that nothing exceeds and that is never used up."""
 
@@ -203,5 +253,8 @@ class Endless:
 
 def connection_class(guard: Guard, header_timeout: float, send_timeout: float) -> Any:
     """What uvicorn takes as its http protocol."""
-    limits = {"header_timeout": header_timeout, "send_timeout": send_timeout, "at_once": guard.at_once}
+    limits = {
+        "header_timeout": header_timeout, "send_timeout": send_timeout, "max_body": guard.max_body,
+        "at_once": guard.at_once,
+    }  # fmt: skip
     return type("LimitedConnection", (Connection,), limits)

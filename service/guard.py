@@ -18,7 +18,7 @@ from service.observe import ENDPOINTS
 from service.sending import told
 
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-WITH_BODY = {"POST", "PUT", "PATCH"}
+WITH_BODY = ("chat", "completions")  # whose bodies are read
 
 Headers = dict[str, str]
 
@@ -26,17 +26,20 @@ Headers = dict[str, str]
 class Guard:
     """Around the whole application. door(scope, headers, life): raises ApiError for those who cannot come in, whatever
     they ask; called again when a body has come that did not come along with its headers ("whole" in the state): who
-    only promises one keeps nobody out. ended(life): closes the books, once for every request.
+    only promises one keeps nobody out. ended(life): closes the books, once for every request, or refused(life) does.
 
     at_once() stands before it: a flood of refusals must not wait for those who are let in.
     """
 
     def __init__(
         self, app: Any, *, clock: Callable[[], float], door: Callable[[dict, Headers, Life], None],
-        ended: Callable[[Life], None], max_body: int, body_timeout: float,
+        ended: Callable[[Life], None], refused: Callable[[Life], None], max_body: int, body_timeout: float,
+        cors_origin: str | None,
     ) -> None:  # fmt: skip
-        self.app, self.clock, self.door, self.ended = app, clock, door, ended
+        self.app, self.clock, self.door, self.ended, self.refused = app, clock, door, ended, refused
         self.max_body, self.body_timeout = max_body, body_timeout
+        # Refusals at the door too: without it a browser shows its user nothing of them.
+        self.always = {"access-control-allow-origin": cors_origin} if cors_origin else {}
 
     def at_once(self, scope: dict) -> tuple[int, dict[str, str], bytes] | None:
         """For a request that has just begun: None to go on, or the whole answer (status, headers, body)."""
@@ -50,9 +53,9 @@ class Guard:
             life.status, body = error.status, orjson.dumps(error.body)
             try:
                 given = {"content-type": "application/json", **error.all_headers}
-                return error.status, given | own_headers(life, given), body
+                return error.status, given | own_headers(life, self.always, given), body
             finally:
-                self.ended(life)
+                self.refused(life)
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -60,11 +63,13 @@ class Guard:
             return
         headers = headers_of(scope)
         life: Life = scope["state"]["life"]
-        sending = Sending(life, send)
+        reads = scope["method"] == "POST" and life.endpoint in WITH_BODY
+        always = self.always if reads or scope["state"]["whole"] else self.always | CLOSE  # nobody reads that body
+        sending = Sending(life, send, always)
         try:
             with life.part("receive", life.start_s):
-                scope["state"]["body"] = await self.body(scope, headers, receive)
-            if not scope["state"]["whole"]:
+                scope["state"]["body"] = await self.body(headers, receive) if reads else b""
+            if reads and not scope["state"]["whole"]:
                 scope["state"]["whole"] = True
                 self.door(scope, headers, life)
             life.opened_s = self.clock()
@@ -95,10 +100,8 @@ class Guard:
         scope.setdefault("state", {})["life"] = life
         return life
 
-    async def body(self, scope: dict, headers: Headers, receive: Any) -> bytes:
+    async def body(self, headers: Headers, receive: Any) -> bytes:
         """All of it, or an ApiError: too large, too slow, in a form that is not understood."""
-        if scope["method"] not in WITH_BODY:
-            return b""
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared[:20]) > self.max_body:
             raise self.too_large()
@@ -132,24 +135,25 @@ BROKEN = ApiError(500, "internal_error", "Something is broken here; the log has 
 class Sending:
     """send(), with what every answer carries, and a look at how long the reader makes us wait."""
 
-    def __init__(self, life: Life, send: Any) -> None:
-        self.life, self.send, self.started = life, send, False
+    def __init__(self, life: Life, send: Any, always: Headers) -> None:
+        self.life, self.send, self.always, self.started = life, send, always, False
 
     async def __call__(self, message: dict) -> None:
         life = self.life
         if message["type"] == "http.response.start":
             self.started, life.status = True, message["status"]
             given = {name.lower().decode("latin-1") for name, _ in message["headers"]}
-            own = [(name.encode(), value.encode()) for name, value in own_headers(life, given).items()]
+            own = [(name.encode(), value.encode()) for name, value in own_headers(life, self.always, given).items()]
             message["headers"] = [*message["headers"], *own]
         before = life.clock()
         await self.send(message)
         life.blocked_s += life.clock() - before
 
 
-def own_headers(life: Life, given: Collection[str]) -> dict[str, str]:
+def own_headers(life: Life, always: Headers, given: Collection[str]) -> Headers:
     """What every answer carries, unless it was given another."""
-    mine = {"x-request-id": life.facts.get("client_request_id", life.id), "server-timing": server_timing(life.split())}
+    mine = always | {"x-request-id": life.facts.get("client_request_id", life.id)}
+    mine["server-timing"] = server_timing(life.split())
     return {name: value for name, value in mine.items() if name not in given}
 
 

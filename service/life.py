@@ -20,6 +20,7 @@ class Life:
     id: str
     start_s: float = 0.0
     opened_s: float = 0.0  # when its body was there
+    ended_s: float | None = None  # when its answer was complete, where its books are closed later than that
     parsed_s: float | None = None  # when it was understood: from there on it wants to be admitted
     admitted_s: float = 0.0
     at_door: bool = False  # a place is kept for it until it asks for a ticket
@@ -60,7 +61,7 @@ class Life:
         steps, up to the first token and after it. between: in the engine, but between two steps. deliver: from the last
         token until now. What the total has more than the parts is unexplained; it is told too.
         """
-        now = self.clock()
+        now = self.clock() if self.ended_s is None else self.ended_s
         found = dict(self.parts)
         if self.last is not None:
             found |= engine_parts(self.last.timeline, now)

@@ -1,11 +1,13 @@
 """What can be seen from outside: metrics for Prometheus, a log line for every request, the last lives in memory."""
 
+import contextlib
 import json
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.gc_collector import GCCollector
 
@@ -109,11 +111,20 @@ class RequestLog:
     def write(self, event: str, **facts: Any) -> None:
         line = {"ts": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event} | facts
         try:  # JSON escapes control characters: nobody can begin a line of his own
-            self.stream.write(json.dumps(line, ensure_ascii=True, default=str) + "\n")
+            self.stream.write(in_ascii(line) + "\n")
             self.stream.flush()
         except (OSError, ValueError):
             if self.lost:
                 self.lost.inc()
+
+
+def in_ascii(line: Mapping[str, Any]) -> str:
+    """As JSON without any character that a terminal may take for something else."""
+    with contextlib.suppress(TypeError):  # a lone surrogate, or a number too large for it
+        text = orjson.dumps(line, default=str).decode()
+        if text.isascii():
+            return text
+    return json.dumps(line, ensure_ascii=True, default=str, separators=(",", ":"))
 
 
 class Lives:
@@ -142,6 +153,6 @@ class Lives:
         ]
 
     def get(self, id: str, key: str) -> dict[str, Any] | None:
-        theirs = (facts for facts in reversed(self.kept.values()) if facts.get("client_request_id") == id)
-        found = self.kept.get(id) or next(theirs, None)
-        return found if found and found.get("key_hash8", "") == key[:8] else None
+        own = [(ours, facts) for ours, facts in self.kept.items() if facts.get("key_hash8", "") == key[:8]]
+        found = [facts for ours, facts in own if id in (ours, facts.get("client_request_id"))]
+        return found[-1] if found else None

@@ -7,6 +7,7 @@ text as it becomes certain, one that says how it ended, and the usage if it was 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from engine.answer import Answer
@@ -26,6 +27,8 @@ class Reply:
     fingerprint: str
     token: Token
     logprobs: bool = False
+    tells_usage: bool = False  # of a stream: in its last chunk, null in all others
+    told_chars: dict[int, int] = field(default_factory=dict)  # of each choice, by the texts of its tokens
     created: int = field(default_factory=lambda: int(time.time()))
 
     def shell(self, kind: str) -> dict[str, Any]:
@@ -39,7 +42,7 @@ class Reply:
         return self.shell("chat.completion" if self.chat else "text_completion") | {"choices": choices, "usage": usage}
 
     def whole_choice(self, i: int, answer: Answer) -> dict[str, Any]:
-        text, told = answer.text, self.told(answer.choices)
+        text, told = answer.text, self.told(i, answer.choices)
         ended = {"index": i, "logprobs": told, "finish_reason": REASONS[answer.request.finish_reason]}
         if self.chat:
             return ended | {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -48,7 +51,12 @@ class Reply:
     # ---- chunks
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return self.shell("chat.completion.chunk" if self.chat else "text_completion") | {"choices": choices} | more
+        return (
+            self.shell("chat.completion.chunk" if self.chat else "text_completion")
+            | {"choices": choices}
+            | more
+            | ({"usage": None} if self.tells_usage and "usage" not in more else {})
+        )
 
     def opening(self, i: int) -> dict[str, Any] | None:
         """Chat only: says who speaks. It is no token."""
@@ -57,7 +65,7 @@ class Reply:
         return self.chunk([self.piece(i, {"role": "assistant", "content": ""}, None, None)])
 
     def text(self, i: int, text: str, fresh: Sequence[Choice]) -> dict[str, Any]:
-        return self.chunk([self.piece(i, {"content": text} if self.chat else text, self.told(fresh), None)])
+        return self.chunk([self.piece(i, {"content": text} if self.chat else text, self.told(i, fresh), None)])
 
     def ending(self, i: int, answer: Answer) -> dict[str, Any]:
         return self.chunk([self.piece(i, {} if self.chat else "", None, REASONS[answer.request.finish_reason])])
@@ -68,13 +76,16 @@ class Reply:
 
     # ---- log probabilities
 
-    def told(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
+    def told(self, i: int, choices: Sequence[Choice]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
         if self.chat:
             return {"content": [self.chat_token(choice) for choice in choices], "refusal": None}
+        texts = [self.token(choice.token)[0] for choice in choices]
+        *offsets, self.told_chars[i] = accumulate(map(len, texts), initial=self.told_chars.get(i, 0))
         return {
-            "tokens": [self.token(choice.token)[0] for choice in choices],
+            "tokens": texts,
+            "text_offset": offsets,
             "token_logprobs": [choice.logprob for choice in choices],
             "top_logprobs": [{self.token(t)[0]: value for t, value in choice.top} for choice in choices],
         }

@@ -6,12 +6,23 @@ Strict: "0.5" is no number and 1.0 no integer, as OpenAI has it. Limits bound wh
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from engine.request import Sampling
 from service.errors import ApiError, invalid
 
 MOST_MESSAGES, MOST_PARTS, MOST_STOPS, MOST_BIASES, MOST_CHOICES = 2048, 64, 4, 300, 8
+MOST_METADATA, MOST_FIELDS = 16, 100
 UNSUPPORTED = {
     "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format", "audio",
     "prediction", "modalities", "reasoning_effort", "verbosity", "web_search_options", "best_of", "suffix", "echo",
@@ -27,12 +38,20 @@ ONE_OR_MORE = Discriminator(lambda value: "more" if isinstance(value, list) else
 Stops = Annotated[
     Annotated[Stop, Tag("one")] | Annotated[list[Stop], Field(max_length=MOST_STOPS), Tag("more")], ONE_OR_MORE
 ]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# fail_fast: a list of a million wrong things must not become a million errors, of which one is told.
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
 Prompt = Annotated[Annotated[str, Tag("one")] | Annotated[Tokens, Tag("more")], ONE_OR_MORE]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def few_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MOST_FIELDS:
+            raise ValueError(f"can have {MOST_FIELDS} fields at most, and has {len(given)}")
+        return given
 
 
 class Part(Strict):
@@ -40,7 +59,7 @@ class Part(Strict):
     text: str
 
 
-Parts = Annotated[list[Part], Field(min_length=1, max_length=MOST_PARTS)]
+Parts = Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=MOST_PARTS)]
 Content = Annotated[Annotated[str, Tag("one")] | Annotated[Parts, Tag("more")], ONE_OR_MORE]
 
 
@@ -81,11 +100,19 @@ class Asked(Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     user: Short | None = None
-    metadata: Annotated[dict[Short, Short], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Short, Short], Field(max_length=MOST_METADATA)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Short | None = None
     prompt_cache_key: Short | None = None
+
+    @field_validator("logit_bias", "metadata", mode="before")
+    @classmethod
+    def few_entries(cls, given: Any, info: ValidationInfo) -> Any:
+        most = MOST_BIASES if info.field_name == "logit_bias" else MOST_METADATA
+        if isinstance(given, dict) and len(given) > most:
+            raise ValueError(f"can have {most} entries at most, and has {len(given)}")
+        return given
 
     @field_validator("logit_bias")
     @classmethod
@@ -136,7 +163,7 @@ class Asked(Strict):
 
 
 class ChatRequest(Asked):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -223,6 +250,8 @@ def explained(error: ValidationError) -> ApiError:
         return invalid(f"{param} is no field of this endpoint: leave it out.", param, "unknown_parameter")
     if first["type"] == "literal_error" and last == "type":
         return invalid(f"{param}: only text parts are understood here.", param, "unsupported_content")
+    if first["type"] == "int_type" and first["loc"][:2] == ("prompt", "more"):
+        return invalid("A list as prompt holds token ids: send a request of its own for each text.", param)
     what = first["msg"].removeprefix("Value error, ")
     return invalid(f"{param}: {what[0].lower()}{what[1:]}." if param else f"{what}.", param)
 

@@ -105,9 +105,10 @@ class Serving:
         drawn = estimate + n * new
         self.limits.draw(key, drawn)
         self.step_aside(life)
+        left_s = life.start_s + patience_s - self.clock()  # its body took some of it
         try:
             ticket = self.admission.enter(
-                answers=n, prompt_tokens=estimate, new_tokens=new, deadline_s=patience_s, key=key, retry=retry
+                answers=n, prompt_tokens=estimate, new_tokens=new, deadline_s=left_s, key=key, retry=retry
             )
         except ApiError:
             self.limits.give_back(key, "requests", 1)
@@ -180,7 +181,7 @@ class Serving:
 
     def limit_s(self, job: Job) -> float:
         """Until when something must have happened: while it waits the queue's patience counts too."""
-        queue_end_s = job.life.start_s + self.settings.queue_timeout
+        queue_end_s = job.life.admitted_s + self.settings.queue_timeout
         return job.deadline_s if job.stream.started else min(job.deadline_s, queue_end_s)
 
     def out_of_time(self, job: Job) -> ApiError:

@@ -1,5 +1,6 @@
 """What the service can be told, on the command line or by LLM_INFER_ variables."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -52,13 +53,19 @@ class ServeConfig(EngineConfig):
 
     def keys(self) -> list[str]:
         """UserError when the file cannot be read."""
-        found = [self.api_key] if self.api_key else []
+        found = [] if self.api_key is None else [self.api_key]
+        if not found and os.environ.get(f"{self.env_prefix}API_KEY") == "":  # a secret that was never filled in
+            found = [""]
         if self.api_keys_file:
             try:
                 lines = Path(self.api_keys_file).read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"--api-keys-file {self.api_keys_file} cannot be read ({error}): check it.") from error
             found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            if not found:
+                raise UserError(f"--api-keys-file {self.api_keys_file} holds no key: anybody could come in. Write one.")
+        if "" in found:
+            raise UserError("The API key is empty: anybody could come in. Give one, or unset LLM_INFER_API_KEY.")
         if not all(key.isascii() and key.isprintable() and " " not in key for key in found):
             raise UserError("API keys are ASCII without spaces, as HTTP's headers are: change the one that is not.")
         return found

@@ -104,12 +104,7 @@ class Watch:
         """Over the last minute. Says nothing while too little has happened."""
         now_s = self.bridge.clock()
         area_s, residence_s = self.bridge.in_house.area_s(now_s), self.bridge.residence_s
-        residence_s += sum(
-            now_s - answer.request.timeline.arrived
-            for job in self.serving.jobs
-            for answer in job.answers
-            if not answer.done
-        )
+        residence_s += sum(now_s - answer.request.timeline.arrived for answer in list(self.bridge.unfinished))
         self.windows.append((now_s, area_s, residence_s))
         while len(self.windows) > 1 and self.windows[1][0] <= now_s - LITTLE_S:
             self.windows.popleft()

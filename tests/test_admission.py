@@ -207,6 +207,13 @@ def test_who_would_wait_too_long_is_refused_with_the_wait():
     assert why.retry_after_s == pytest.approx(10 * 0.11)  # when the slot is free
 
 
+def test_in_an_empty_house_a_long_prompt_is_no_waiting():
+    house = books(patience_s=5.0)
+    assert house.predicted_wait_s(1, 9_000) > 5.0
+    enter(house, prompt=9_000)
+    refused(books(patience_s=5.0), "deadline", prompt=9_000, deadline_s=5.0)
+
+
 def test_a_deadline_counts_the_wait_and_the_whole_answer():
     house = books()
     enter(house, prompt=100, new=11, deadline_s=0.1 + 0.11 + 10 * 0.11 + 0.01)

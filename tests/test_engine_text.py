@@ -137,3 +137,23 @@ def test_a_reader_in_another_thread_never_sees_a_stop_string():
             assert "".join([*shown, text.take()]) == "xxx"
     finally:
         sys.setswitchinterval(before)
+
+
+def test_bytes_that_never_become_a_character_do_not_make_it_slow():
+    """Each token half a character: shown once it is clear that nothing will come of it, and not decoded again."""
+    decoded = []
+
+    def decode(ids):
+        decoded.append(len(ids))
+        return bytes(ids).decode("utf-8", "replace")
+
+    text = Text(decode)
+    pieces = []
+    for _ in range(2000):
+        text.add(0xE4)
+        pieces.append(text.take())
+    text.add(ord("a"))
+    text.end()
+    pieces.append(text.take())
+    assert "".join(pieces) == text.text == bytes([0xE4] * 2000).decode("utf-8", "replace") + "a"
+    assert max(decoded) < 100

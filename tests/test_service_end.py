@@ -69,7 +69,7 @@ def test_b73_a_signal_lets_nobody_in_and_finishes_what_runs(doomed, name: str, n
     assert rest.count(b"data: [DONE]") == 1 and b'"completion_tokens":%d,' % NEW in rest
     assert process.ended(5) == 0
     assert "Traceback" not in process.stderr
-    lines = [json.loads(line) for line in process.stderr.splitlines() if '"event": "request"' in line]
+    lines = [json.loads(line) for line in process.stderr.splitlines() if '"event":"request"' in line]
     assert (lines[-1]["outcome"], lines[-1]["completion_tokens"]) == ("ok", NEW)
     assert [line["outcome"] for line in lines].count("shed_drain") == 1
 

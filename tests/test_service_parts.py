@@ -165,7 +165,7 @@ def test_without_keys_everybody_is_nobody():
     assert Keys([]).check("Bearer whatever") == Keys([]).check(None) == NOBODY
 
 
-def test_a_file_of_keys(tmp_path):
+def test_a_file_of_keys(tmp_path, monkeypatch):
     path = tmp_path / "keys"
     path.write_text("# people\n one \n\ntwo\n")
     assert ServeConfig(api_key="zero", api_keys_file=str(path)).keys() == ["zero", "one", "two"]
@@ -173,6 +173,15 @@ def test_a_file_of_keys(tmp_path):
     for missing in (path, tmp_path / "none"):
         with pytest.raises(UserError, match="cannot be read"):
             ServeConfig(api_keys_file=str(missing)).keys()
+    path.write_text("# nobody yet\n")
+    with pytest.raises(UserError, match="holds no key"):
+        ServeConfig(api_keys_file=str(path)).keys()
+    with pytest.raises(UserError, match="is empty"):
+        ServeConfig(api_key="").keys()
+    monkeypatch.setenv("LLM_INFER_API_KEY", "")  # as where a secret was not filled in
+    with pytest.raises(UserError, match="is empty"):
+        ServeConfig().keys()
+    monkeypatch.delenv("LLM_INFER_API_KEY")
     with pytest.raises(UserError, match="ASCII"):
         ServeConfig(api_key="schlüssel").keys()
 

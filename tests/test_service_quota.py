@@ -180,6 +180,13 @@ def test_b24_two_live_requests_of_the_same_id(here):
 # ---- quota
 
 
+def test_b24_somebody_elses_equal_id_hides_nothing(here):
+    here.chat(headers=MINE | {"X-Request-Id": "shared"})
+    here.chat(headers=THEIRS | {"X-Request-Id": "shared"})
+    ours = here.until(lambda: [here.ask("/debug/requests/shared", **who).json for who in (MINE, THEIRS)])
+    assert ours[0]["request_id"] != ours[1]["request_id"]
+
+
 def test_b25_over_the_requests_of_a_minute(here):
     for i, until_full in enumerate(("12s", "24s", "36s", "48s", "1m0s")):
         reply = here.chat(headers=MINE, max_tokens=1)

@@ -1,5 +1,6 @@
 """Fault matrix B1: what comes over the wire before anybody knows what is wanted. The numbers are the matrix's."""
 
+import contextlib
 import gzip
 import json
 import socket
@@ -166,3 +167,99 @@ def test_b18_what_is_no_http(here):
 def test_b19_a_compressed_body_is_not_inflated(here):
     reply = here.ask(CHAT, gzip.compress(b"0" * 1_000_000), Content_Encoding="gzip")
     assert (reply.status, reply.error["code"]) == (415, "content_encoding")
+
+
+# ---- what a sceptical reader found
+
+
+def test_b16_a_refused_head_has_no_body_that_the_next_answer_could_begin_with(checkpoint_folder):
+    with served(checkpoint_folder, api_key="k") as locked, locked.open() as connection:
+        connection.sendall(b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\n\r\nGET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = read_until(connection, b"threshold_s")
+    assert answer.startswith(b"HTTP/1.1 401 ") and b"invalid_api_key" not in answer
+    assert answer.partition(b"\r\n\r\n")[2].startswith(b"HTTP/1.1 200 ")
+
+
+def test_b16_a_browser_may_read_a_refusal_at_the_door(checkpoint_folder):
+    with served(checkpoint_folder, cors_origin="https://a.example", api_key="k") as open_to_browsers:
+        reply = open_to_browsers.ask(CHAT, chat_body(), Origin="https://a.example")
+        assert (reply.status, reply.headers["access-control-allow-origin"]) == (401, "https://a.example")
+
+
+def test_b15_a_slash_too_many_is_another_path(here):
+    assert (reply := here.ask(CHAT + "/", chat_body())).status == 404 and reply.error["code"] == "not_found"
+
+
+def test_b18_trailers_are_no_headers_and_have_a_limit(checkpoint_folder):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    data = json.dumps(chat_body()).encode()
+    trailer = b"x-request-deadline-ms: none\r\n"
+    with served(checkpoint_folder, max_body=1024) as here:
+        with here.open() as connection:
+            connection.sendall(head.encode() + b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(data), data, trailer))
+            assert b" 200 " in read_until(connection, b'"usage"')
+        with here.open() as connection:
+            connection.sendall(head.encode() + b"%x\r\n%b\r\n0\r\n" % (len(data), data))
+            with contextlib.suppress(OSError):
+                for _ in range(40):  # 40 kB, of which 8 kB are read: eight times what a body may have
+                    connection.sendall(b"a: " + b"v" * 1000 + b"\r\n")
+            assert b" 413 " in read_all(connection)
+
+
+def test_b18_headers_that_end_where_a_packet_does(checkpoint_folder):
+    raw = raw_request(CHAT, chat_body("word " * 8000))  # more bytes than headers may have
+    with served(checkpoint_folder) as here:
+        for cut in range(5):
+            at = raw.index(b"\r\n\r\n") + cut
+            with here.open() as connection:
+                connection.sendall(raw[:at])
+                time.sleep(0.05)
+                connection.sendall(raw[at:])
+                assert b"context_length_exceeded" in read_until(connection, b"}}"), cut
+
+
+def test_a_body_that_nobody_reads_ends_its_connection(here):
+    with here.open() as connection:
+        connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
+        answer = read_all(connection)  # its end, although the body never came
+    assert b" 200 " in answer and b"connection: close" in answer
+
+
+def test_the_beginning_of_a_next_request_does_not_end_this_ones_answer(here):
+    here.runner.hold()
+    with here.open() as connection:
+        connection.sendall(raw_request(CHAT, chat_body(stream=True)) + b"\r\n")
+        read_until(connection, b"assistant")
+        time.sleep(1.3)  # the limit on headers is 1 s here
+        here.runner.go()
+        assert b"[DONE]" in read_all(connection)
+
+
+def test_b17_nonsense_behind_a_request_stays_out_of_its_answer(here):
+    here.runner.hold()
+    with here.open() as connection:
+        connection.sendall(raw_request(CHAT, chat_body(stream=True)))
+        read_until(connection, b"assistant")
+        connection.sendall(b"\x00\x01nonsense\r\n\r\n")
+        time.sleep(0.1)
+        here.runner.go()
+        rest = read_all(connection)
+    assert b"[DONE]" in rest and b"HTTP/1.1" not in rest
+
+
+@pytest.mark.parametrize("in_two", [False, True])
+def test_an_offer_of_http_2_does_not_cost_the_body(here, in_two: bool):
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk")
+    raw = raw_request(CHAT, chat_body(), *offer)
+    with here.open() as connection:
+        at = raw.index(b"\r\n\r\n") + 4 if in_two else len(raw)
+        connection.sendall(raw[:at])
+        time.sleep(0.05)
+        connection.sendall(raw[at:])
+        assert b" 200 " in read_until(connection, b'"usage"')
+
+
+def test_a_refusal_reaches_whoever_is_still_sending(checkpoint_folder):
+    with served(checkpoint_folder, api_key="k") as locked:
+        for _ in range(5):
+            assert locked.ask(CHAT, b'{"x": "' + b"a" * 900_000 + b'"}').status == 401

@@ -52,6 +52,22 @@ def test_a_broken_law_is_named_and_a_mended_one_forgotten(here, law: str):
     assert figure(here, "law_ok") == 3
 
 
+def test_clients_that_leave_during_a_long_step_break_no_law(here):
+    here.runner.hold()
+    leaving = [here.send_chat(max_tokens=50) for _ in range(3)]
+    here.until(lambda: here.bridge.seen().running == 3)
+    begin = time.monotonic()
+    for connection in leaving:
+        connection.close()
+    here.until(lambda: not here.house.serving.jobs)
+    looks = []
+    while time.monotonic() - begin < 2.5:
+        looks.append(here.house.watch.little_agrees())
+        time.sleep(0.1)
+    here.runner.go()
+    assert all(looks) and here.bridge.in_house.area_s(here.bridge.clock()) > 3
+
+
 def test_a_single_odd_look_breaks_no_law(here):
     """An answer that ends while two books are compared may stand in one of them only."""
     looks, told = iter([False, True, False, False]), []
