@@ -7,6 +7,7 @@ middle of a stream, would hold a connection for ever (encode/uvicorn#157, and th
 import asyncio
 import re
 import socket
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ class Connection(HttpToolsProtocol):
     header_timeout: float
     send_timeout: float
     max_body: int
+    let_in: deque[tuple["Connection", Any, Any]]  # of all connections: they begin one in each turn of the event loop
     at_once: Callable[[dict], tuple[int, dict[str, str], bytes] | None]
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -72,11 +74,20 @@ class Connection(HttpToolsProtocol):
             cycle.scope["state"]["whole"] = not cycle.more_body
             refused = type(self).at_once(cycle.scope)
             if refused is None:
-                self.start_task(cycle, app)
+                self.let_in.append((self, cycle, app))
+                if len(self.let_in) == 1:
+                    self.loop.call_soon(self.start_next)
             else:
                 self.in_feed = True
                 self.send_refusal(cycle, *refused)
                 self.in_feed = False
+
+    def start_next(self) -> None:
+        """In between the loop reads what has arrived: of a burst, those who are refused learn it first."""
+        connection, cycle, app = self.let_in.popleft()
+        connection.start_task(cycle, app)
+        if self.let_in:
+            self.loop.call_soon(self.start_next)
 
     def start_task(self, cycle: Any, app: Any) -> None:
         if not self.flow.write_paused:
@@ -255,6 +266,6 @@ def connection_class(guard: Guard, header_timeout: float, send_timeout: float) -
     """What uvicorn takes as its http protocol."""
     limits = {
         "header_timeout": header_timeout, "send_timeout": send_timeout, "max_body": guard.max_body,
-        "at_once": guard.at_once,
+        "at_once": guard.at_once, "let_in": deque(),
     }  # fmt: skip
     return type("LimitedConnection", (Connection,), limits)
