@@ -14,6 +14,7 @@ ROWS = {
     "config": 0, "metrics": 0,
     "lab": 1, "tokenizer": 1, "weights": 1,
     "model": 2,
+    "load": 2,  # asks any server: it knows neither the model nor the engine
     "engine": 3,
     "batcher": 3,  # its demonstration runs the model; the class itself knows neither torch nor the model
     "service": 4,
@@ -29,7 +30,7 @@ TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.ch
               "engine.request", "engine.kv_blocks", "engine.scheduler", "engine.engine", "engine.text", "engine.step",
               "engine.shape", "engine.settings",
               "lab.kv_ledger", "lab.kv_tables", "lab.kv_words", "lab.kv_plots", "service.app", "service.assembly",
-              "service.server", "service.capacity")  # fmt: skip
+              "service.server", "service.capacity", "load.prompts", "load.texts", "load.formulas")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
 
