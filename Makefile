@@ -2,6 +2,7 @@
 # make test    the whole test suite             make test-fast   without the slow ones
 # make check   format and lint                  make bench       the claims of the README, measured here
 # make serve   the service on http://127.0.0.1:8000
+# make bench-serve   start it, measure it with the standard matrix, write the report: ten minutes
 # make peers   llama.cpp and vLLM in environments of their own, for make bench to compare with
 # make run ARGS="--quick --breakdown" hands arguments on.
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run serve test test-fast check format bench peers clean
+.PHONY: run serve test test-fast check format bench bench-serve peers clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.run
@@ -37,6 +38,10 @@ peers:
 
 bench: $(VENV)/.serve
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-serve: $(VENV)/.serve
+	@$(BIN)/python load_test.py --start --concurrency 1,4,8,16 --prompt-tokens 32,256 --max-new-tokens 16,64 $(ARGS)
+	@$(BIN)/python report.py
 
 clean:
 	rm -rf $(VENV) .venv-openai2 .venv-openai2.lock .peers .pytest_cache .ruff_cache .hypothesis

@@ -111,13 +111,19 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig):
-    """What every script asks that measures: also, where the record goes."""
+class Recorded(Settings):
+    """Where the record of a run goes."""
 
-    recalibrate: bool = knob(False, "measure this machine's bandwidth and GEMM rate anew")
     json: str | None = knob(None, "append the record to this file instead of results/; - prints it, and no tables")
     note: str | None = knob(None, "append a record to notes.md; TEXT goes under Observations", optional_text=True)
     notes_file: str = knob(str(ROOT / "notes.md"), "the file that --note appends to")
+
+
+@dataclass(frozen=True)
+class Config(Recorded, ModelConfig):
+    """What every script asks that computes and measures."""
+
+    recalibrate: bool = knob(False, "measure this machine's bandwidth and GEMM rate anew")
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,39 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from config import ROOT
+
+if TYPE_CHECKING:  # a client of a service measures without it
+    import torch
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "asimd", "bf16", "sve")
 UNREADABLE = "not readable"
 
 
-def hardware_card(device: torch.device) -> dict[str, str]:
+def machine_card() -> dict[str, str]:
+    """Item -> value, both as printed, of a process that computes nothing itself."""
+    return {
+        "CPU": cpu_model(),
+        "Cores": f"{psutil.cpu_count(logical=False) or '?'} physical, {os.cpu_count()} logical{cpu_limit()}",
+        "RAM": f"{psutil.virtual_memory().total / 1e9:.1f} GB, {psutil.virtual_memory().available / 1e9:.1f} GB free"
+        + memory_limit(),
+        "GPU": gpu(None),
+        "OS": f"{platform.system()} {platform.release()}, {virtualisation()}",
+        "Load average": load(),
+        "Versions": f"Python {platform.python_version()}, aiohttp {importlib.metadata.version('aiohttp')}",
+        "Commit": commit(),
+    }
+
+
+def hardware_card(device: "torch.device") -> dict[str, str]:
     """Item -> value, both as printed. One factor each, so that two cards can be compared line by line."""
+    import torch
+
     return {
         "CPU": cpu_model(),
         "Cores": f"{psutil.cpu_count(logical=False) or '?'} physical, {os.cpu_count()} logical{cpu_limit()}",
@@ -49,6 +69,8 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     if "torch" in found:
+        import torch
+
         found["torch"] = torch.__version__  # with the build, such as +cpu
     return found
 
@@ -97,14 +119,16 @@ def memory_limit() -> str:
     return f", limited to {int(limit) / 1e9:.1f} GB by the container" if limit and limit != "max" else ""
 
 
-def gpu(device: torch.device) -> str:
-    if device.type == "mps":
+def gpu(device: "torch.device | None") -> str:
+    if device is not None and device.type == "mps":
+        import torch
+
         return f"Apple GPU through MPS, memory shared with the CPU ({torch.mps.recommended_max_memory() / 1e9:.0f} GB)"
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        uuid = gpu_uuid(device)
+        uuid = gpu_uuid(device) if device is not None else None
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         text = (
@@ -114,15 +138,19 @@ def gpu(device: torch.device) -> str:
         pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         return f"none ({error})"
-    return text + ("" if device.type == "cuda" else ", not used by this run")
+    return text + ("" if device is None or device.type == "cuda" else ", not used by this run")
 
 
-def vram(device: torch.device) -> dict[str, str]:
+def vram(device: "torch.device") -> dict[str, str]:
+    import torch
+
     return {"VRAM free": f"{torch.cuda.mem_get_info()[0] / 1e9:.1f} GB"} if device.type == "cuda" else {}
 
 
-def gpu_uuid(device: torch.device) -> str | None:
+def gpu_uuid(device: "torch.device") -> str | None:
     """By what the driver knows the GPU that torch uses: its own numbering ignores CUDA_VISIBLE_DEVICES."""
+    import torch
+
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 

@@ -5,8 +5,9 @@ While requests run, only bytes and times are kept; what they mean is read when a
 
 import asyncio
 import json
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,14 +15,19 @@ from typing import Any
 import aiohttp
 
 Body = dict[str, Any]
+RETRIED = (408, 409, 429)  # and everything from 500 on: what OpenAI's clients send again
+SOONEST_S, LATEST_S = 0.5, 8.0  # of their own between two attempts
+LONGEST_WISH_S = 120.0  # of the server's: a longer one means not to come again
+BUDGET, BUDGET_FLOOR = 0.1, 10  # retries may be a tenth of all requests, and ten
 
 
 @dataclass
 class Trace:
     """One request as its sender saw it. Times are readings of time.perf_counter.
 
-    due_s: when it was to be sent; sent_s: when it was; end_s: when its last byte had come. pieces: (time, bytes) as
-    they arrived. status: 0 where no answer came, with error saying why.
+    due_s: when it was to be sent; sent_s: when it was, the last time; end_s: when its last byte had come. pieces:
+    (time, bytes) as they arrived. status: 0 where no answer came, with error saying why. attempts: how often it was
+    sent. headers: of the answer, names in small letters.
     """
 
     due_s: float
@@ -30,15 +36,21 @@ class Trace:
     status: int = 0
     pieces: list[tuple[float, bytes]] = field(default_factory=list)
     error: str | None = None
+    attempts: int = 1
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def events(self) -> list[tuple[float, Body]]:
-        """(when it was complete, its data) of every event; for an answer in one piece, that answer."""
+        """(when it was complete, its data) of every event; for an answer in one piece, that answer. ValueError."""
         found, rest = [], b""
         for moment, piece in self.pieces:
-            *whole, rest = (rest + piece).split(b"\n\n")
-            found += [(moment, json.loads(one[6:])) for one in whole if one[:6] == b"data: " and one[6:] != b"[DONE]"]
-        return found + ([(self.end_s, json.loads(rest))] if rest.startswith(b"{") else [])
+            *whole, rest = (rest + piece).replace(b"\r\n", b"\n").split(b"\n\n")
+            found += [(moment, data) for one in whole if (data := data_of(one)) is not None]
+        return found + ([(self.end_s, json.loads(rest))] if rest.lstrip().startswith(b"{") else [])
+
+    @property
+    def streamed(self) -> bool:
+        return not b"".join(piece for _, piece in self.pieces[:1]).lstrip().startswith(b"{")
 
     @property
     def content(self) -> list[tuple[float, str]]:
@@ -53,8 +65,8 @@ class Trace:
     @property
     def complete(self) -> bool:
         """Whether the answer came to its end. A stream says so in its last event."""
-        raw = b"".join(piece for _, piece in self.pieces)
-        return self.status == 200 and self.error is None and (raw[:1] == b"{" or raw.endswith(b"data: [DONE]\n\n"))
+        raw = b"".join(piece for _, piece in self.pieces).rstrip()
+        return self.status == 200 and self.error is None and (not self.streamed or raw.endswith(b"data: [DONE]"))
 
     @property
     def usage(self) -> Body | None:
@@ -69,25 +81,87 @@ class Trace:
     def e2e_s(self) -> float:
         return self.end_s - self.due_s
 
+    def again_after_s(self) -> float | None:
+        """When the server, or failing that OpenAI's clients, would have it sent again: seconds; None: never."""
+        if self.headers.get("x-should-retry") == "false" or self.error == INTERRUPTED:
+            return None
+        wanted = self.headers.get("x-should-retry") == "true"
+        if not (wanted or self.error or self.status in RETRIED or self.status >= 500):
+            return None
+        for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+            try:
+                wish_s = float(self.headers[name]) * unit
+            except (KeyError, ValueError):
+                continue
+            return wish_s if 0 <= wish_s <= LONGEST_WISH_S else None
+        return min(SOONEST_S * 2 ** (self.attempts - 1), LATEST_S) * random.uniform(0.75, 1.0)
 
-async def ask(session: aiohttp.ClientSession, url: str, body: Body, due_s: float | None = None) -> Trace:
-    """One request to its end, whatever that is."""
-    trace = Trace(time.perf_counter() if due_s is None else due_s)
-    trace.sent_s = time.perf_counter()
-    try:
-        async with session.post(url, json=body) as answer:
-            trace.status = answer.status
-            while piece := await answer.content.readany():
-                trace.pieces.append((time.perf_counter(), piece))
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        trace.error = f"{type(error).__name__}: {error}"
-    trace.end_s = time.perf_counter()
-    return trace
+
+INTERRUPTED = "interrupted"
 
 
-def session(seconds: float = 600.0) -> aiohttp.ClientSession:
-    """For as many connections as there are requests."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(seconds))
+def data_of(event: bytes) -> Body | None:
+    """What an event carries; None for comments and for the word that ends a stream. ValueError: no JSON object."""
+    lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
+    raw = b"\n".join(lines)
+    if not raw or raw == b"[DONE]":
+        return None
+    found = json.loads(raw)
+    if not isinstance(found, dict):
+        raise ValueError("an event that is no JSON object")
+    return found
+
+
+@dataclass
+class Client:
+    """Sends requests to one address. retries: how often a refused or failed one is sent again, within a budget.
+
+    timeout_s: for a whole answer; silence_s: between two bytes of one. Used as `async with client:`.
+    """
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float = 600.0
+    silence_s: float | None = None
+    retries: int = 0
+    asked: int = 0
+    repeated: int = 0
+
+    async def __aenter__(self) -> "Client":
+        limits = aiohttp.ClientTimeout(self.timeout_s, sock_read=self.silence_s)
+        connector = aiohttp.TCPConnector(limit=0)  # as many connections as there are requests
+        self.session = aiohttp.ClientSession(connector=connector, timeout=limits, headers=self.headers)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.session.close()
+
+    async def ask(self, body: Body, due_s: float | None = None) -> Trace:
+        """One request to its end, whatever that is."""
+        trace = Trace(time.perf_counter() if due_s is None else due_s)
+        self.asked += 1
+        while True:
+            await self.attempt(trace, body)
+            wait_s = trace.again_after_s() if trace.attempts <= self.retries else None
+            if wait_s is None or self.repeated >= BUDGET * self.asked + BUDGET_FLOOR:
+                return trace
+            self.repeated += 1
+            await asyncio.sleep(wait_s)
+            trace = Trace(trace.due_s, attempts=trace.attempts + 1)
+
+    async def attempt(self, trace: Trace, body: Body) -> None:
+        trace.sent_s = time.perf_counter()
+        try:
+            async with self.session.post(self.url, json=body) as answer:
+                trace.status = answer.status
+                trace.headers = {name.lower(): value for name, value in answer.headers.items()}
+                while piece := await answer.content.readany():
+                    trace.pieces.append((time.perf_counter(), piece))
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            trace.error = f"{type(error).__name__}: {error}"
+        except asyncio.CancelledError:
+            trace.error = INTERRUPTED
+        trace.end_s = time.perf_counter()
 
 
 def closed_loop(url: str, bodies: Sequence[Body], clients: int) -> list[Trace]:
@@ -96,12 +170,12 @@ def closed_loop(url: str, bodies: Sequence[Body], clients: int) -> list[Trace]:
     async def run() -> list[Trace]:
         left, traces = iter(enumerate(bodies)), {}
 
-        async def client() -> None:
+        async def one(client: Client) -> None:
             for i, body in left:
-                traces[i] = await ask(one, url, body)
+                traces[i] = await client.ask(body)
 
-        async with session() as one:
-            await asyncio.gather(*(client() for _ in range(clients)))
+        async with Client(url) as client:
+            await asyncio.gather(*(one(client) for _ in range(clients)))
         return [traces[i] for i in sorted(traces)]
 
     return asyncio.run(run())
@@ -113,12 +187,12 @@ def open_loop(url: str, bodies: Sequence[Body], arrivals_s: Sequence[float]) -> 
     async def run() -> list[Trace]:
         start_s = time.perf_counter()
 
-        async def client(body: Body, arrival_s: float) -> Trace:
+        async def one(client: Client, body: Body, arrival_s: float) -> Trace:
             due_s = start_s + arrival_s
             await asyncio.sleep(max(due_s - time.perf_counter(), 0))
-            return await ask(one, url, body, due_s)
+            return await client.ask(body, due_s)
 
-        async with session() as one:
-            return await asyncio.gather(*map(client, bodies, arrivals_s))
+        async with Client(url) as client:
+            return await asyncio.gather(*(one(client, *pair) for pair in zip(bodies, arrivals_s, strict=True)))
 
     return asyncio.run(run())

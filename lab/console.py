@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import config
-from config import Config, UserError
+from config import Recorded, UserError
 from lab import records
 
 # What to print where the terminal's encoding lacks a character. One for one, so that columns stay aligned.
@@ -145,7 +145,7 @@ class Page:
         return "\n\n".join(self.parts)
 
 
-def conclude(wishes: Config, record: dict[str, Any], page: Page, sections: Sequence[str]) -> int:
+def conclude(wishes: Recorded, record: dict[str, Any], page: Page, sections: Sequence[str]) -> int:
     """The end of every script: save first, then print the sections and the verdict. Returns the exit status.
 
     In this order a closed pipe or a full disk cannot cost what was measured.

@@ -21,12 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config import ROOT, Config, UserError
+from config import ROOT, Recorded, UserError
 
 SCHEMA = 1
 
 
-def new_record(script: str, question: str, config: Config, card: dict[str, str]) -> dict[str, Any]:
+def new_record(script: str, question: str, config: Recorded, card: dict[str, str]) -> dict[str, Any]:
     """The part that every record has. Raw samples, verdicts and sizes are added by the script."""
     now = time.time()
     return {
@@ -50,14 +50,14 @@ def output_hash(ids: Sequence[int]) -> str:
 # ---- results/*.jsonl
 
 
-def results_path(config: Config, script: str) -> Path | None:
+def results_path(config: Recorded, script: str) -> Path | None:
     """Where the record's line goes; None when it goes to stdout (--json -)."""
     if config.json == "-":
         return None
     return Path(config.json) if config.json else ROOT / "results" / f"{script}.jsonl"
 
 
-def check_writable(config: Config, script: str, *others: tuple[Path, str]) -> None:
+def check_writable(config: Recorded, script: str, *others: tuple[Path, str]) -> None:
     """Find out before measuring, not after it, that a file could not be written. UserError.
 
     others: further files, each with the remedy that its sentence names.
@@ -103,7 +103,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         os.close(file)
 
 
-def unfinished(config: Config, record: dict[str, Any], same: Sequence[str], trials: int) -> dict[str, Any] | None:
+def unfinished(config: Recorded, record: dict[str, Any], same: Sequence[str], trials: int) -> dict[str, Any] | None:
     """The last record of the --json file if it is this run, cut short: it can be gone on with.
 
     The same script, model, machine, versions and commit, and the same settings named in same; and it is partial, or has
@@ -146,7 +146,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 # ---- notes.md
 
 
-def cited_path(config: Config) -> Path:
+def cited_path(config: Recorded) -> Path:
     """The committed file with the raw lines of the records that notes.md holds."""
     return Path(config.notes_file).parent / "results" / "cited.jsonl"
 
@@ -227,7 +227,7 @@ def note_text(record: dict[str, Any], tables: str, observations: str) -> str:
 # ---- the end of a run
 
 
-def save(config: Config, record: dict[str, Any], tables: str) -> UserError | None:
+def save(config: Recorded, record: dict[str, Any], tables: str) -> UserError | None:
     """Write the record wherever it belongs. A failure is returned, not raised, so that the tables are still printed.
 
     When the results file cannot be written any more, the line goes to the temporary folder: it is never lost.

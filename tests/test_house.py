@@ -19,7 +19,7 @@ ROWS = {
     "batcher": 3,  # its demonstration runs the model; the class itself knows neither torch nor the model
     "service": 4,
     "infer": 5, "serve": 5, "inspect_prefill_decode": 5, "batch_experiment": 5, "kv_experiment": 5, "report": 5,
-    "experiments": 5,
+    "load_test": 5, "experiments": 5,
     "benchmarks": 6,  # they may run the scripts themselves
 }  # fmt: skip
 TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.checklist", "lab.verdict", "lab.roofline",
@@ -30,7 +30,8 @@ TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.ch
               "engine.request", "engine.kv_blocks", "engine.scheduler", "engine.engine", "engine.text", "engine.step",
               "engine.shape", "engine.settings",
               "lab.kv_ledger", "lab.kv_tables", "lab.kv_words", "lab.kv_plots", "service.app", "service.assembly",
-              "service.server", "service.capacity", "load.prompts", "load.texts", "load.formulas")  # fmt: skip
+              "service.server", "service.capacity", "load_test", "load.drive", "load.measure", "load.server",
+              "load.plan", "load.tables", "load.words", "load.prompts", "load.texts", "load.formulas")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
 

@@ -1,0 +1,159 @@
+"""Sends the requests of one run, as fast as its load says, and looks at what is in flight all along.
+
+Closed loop: so many clients, each waiting for its answer before it asks again; a slow server is asked less. Open loop:
+by a schedule that was fixed before, whatever becomes of the answers; a slow server gets a queue. These are different
+experiments, and every table says which it was.
+"""
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from lab.client import Body, Client, Trace
+
+LOOK_S = 0.02  # between two looks at what is in flight
+OVERDUE_S = 10.0  # for so long at the least a load is given a chance
+GROWN, AND_MORE = 1.5, 8  # in flight now against half way, and half way against a quarter: it will never settle
+
+
+@dataclass
+class Ran:
+    """What a run left. samples: (when, how many were in flight). why: what ended it before its time, else None."""
+
+    traces: list[Trace] = field(default_factory=list)
+    samples: list[tuple[float, int]] = field(default_factory=list)
+    start_s: float = 0.0
+    end_s: float = 0.0
+    cpu_s: float = 0.0
+    why: str | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        return self.why == "interrupted"
+
+
+class Drive:
+    """One run. see(drive): called now and then while it runs, for whoever watches."""
+
+    def __init__(self, client: Client, see: Callable[["Drive"], object] = lambda _drive: None) -> None:
+        self.client, self.see = client, see
+        self.found = Ran()
+        self.flying = 0
+        self.asked = 0
+        self.ending = False
+        self.tasks: set[asyncio.Task] = set()
+
+    # ---- loads
+
+    async def closed(self, bodies: Iterable[Body], clients: int, seconds: float | None = None) -> Ran:
+        """Until the bodies are used up, or for so many seconds."""
+        left = iter(bodies)
+
+        async def one() -> None:
+            for body in left:
+                if self.ending or (seconds and time.perf_counter() - self.found.start_s >= seconds):
+                    return
+                await self.send(body, time.perf_counter())
+
+        return await self.run([one] * clients)
+
+    async def open(self, bodies: Sequence[Body], dues_s: Sequence[float]) -> Ran:
+        """Each at its moment after the start."""
+
+        async def starter() -> None:
+            sending = []
+            for body, due_s in zip(bodies, dues_s, strict=True):
+                due_s += self.found.start_s
+                await asyncio.sleep(max(due_s - time.perf_counter(), 0))
+                if self.ending:
+                    break
+                sending.append(self.spawn(self.send(body, due_s)))
+            await asyncio.gather(*sending)
+
+        return await self.run([starter], growing=True)
+
+    # ---- one run
+
+    async def run(self, parts: Sequence[Callable[[], Awaitable[None]]], growing: bool = False) -> Ran:
+        async with self.client:
+            self.found.start_s, cpu_s = time.perf_counter(), time.process_time()
+            looking = asyncio.create_task(self.look(growing))
+            with self.told_by_ctrl_c():
+                await asyncio.gather(*(self.spawn(part()) for part in parts), return_exceptions=True)
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+            self.found.end_s, self.found.cpu_s = time.perf_counter(), time.process_time() - cpu_s
+        self.see(self)
+        return self.found
+
+    def spawn(self, part: Awaitable[None]) -> asyncio.Task:
+        task = asyncio.ensure_future(part)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def send(self, body: Body, due_s: float) -> None:
+        self.flying += 1
+        self.asked += 1
+        try:
+            self.found.traces.append(await self.client.ask(body, due_s))
+        finally:
+            self.flying -= 1
+
+    async def look(self, growing: bool) -> None:
+        next_s = 0.0
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now_s = time.perf_counter()
+            self.found.samples.append((now_s, self.flying))
+            if now_s >= next_s:
+                next_s = now_s + 0.25
+                self.see(self)
+                if growing and self.over_saturated(now_s):
+                    self.end("over-saturated")
+
+    def over_saturated(self, now_s: float) -> bool:
+        """Whether ever more are in flight: what is measured from there on is the length of the run."""
+        samples = self.found.samples
+        if now_s - self.found.start_s < OVERDUE_S:
+            return False
+        quarter, half, last = (samples[len(samples) * part // 4 - 1][1] for part in (1, 2, 4))
+        return last > GROWN * half + AND_MORE and half > GROWN * quarter
+
+    def end(self, why: str) -> None:
+        """What is in flight is given up; all that was measured is kept."""
+        self.ending, self.found.why = True, self.found.why or why
+        for task in list(self.tasks):
+            task.cancel()
+
+    @contextmanager
+    def told_by_ctrl_c(self):
+        """The first Ctrl-C ends the run and keeps it; a second one is Python's own."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+
+        def first() -> None:
+            loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.end("interrupted")
+
+        loop.add_signal_handler(signal.SIGINT, first)
+        try:
+            yield
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def closed(client: Client, bodies: Iterable[Body], clients: int, seconds: float | None = None, **more) -> Ran:
+    return asyncio.run(Drive(client, **more).closed(bodies, clients, seconds))
+
+
+def opened(client: Client, bodies: Sequence[Body], dues_s: Sequence[float], **more) -> Ran:
+    return asyncio.run(Drive(client, **more).open(bodies, dues_s))

@@ -1,0 +1,46 @@
+"""What is going on, on a terminal: how far it is, how many are in flight, tokens now, first tokens so far, errors."""
+
+import sys
+import time
+from collections import deque
+
+from load.drive import Drive
+from metrics import percentile
+
+LOOK_BACK_S = 2.0  # "now" is the mean of so much time
+
+
+class Live:
+    """A bar on stderr while it is a terminal; nothing otherwise. total: requests, where their number is known."""
+
+    def __init__(self, label: str, total: int | None) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, desc=label, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True,
+                        unit="req")  # fmt: skip
+        self.seen = 0
+        self.first_s: list[float] = []
+        self.pieces: deque[tuple[float, int]] = deque()
+        self.errors = 0
+
+    def __call__(self, drive: Drive) -> None:
+        if self.bar.disable:
+            return
+        now_s, traces = time.perf_counter(), drive.found.traces
+        for trace in traces[self.seen :]:
+            self.pieces.append((trace.end_s, len(trace.pieces)))
+            self.errors += trace.status != 200 or trace.error is not None
+            if trace.pieces:
+                self.first_s.append(trace.pieces[0][0] - trace.due_s)
+        self.bar.update(len(traces) - self.seen)
+        self.seen = len(traces)
+        while self.pieces and self.pieces[0][0] < now_s - LOOK_BACK_S:
+            self.pieces.popleft()
+        rate = sum(count for _, count in self.pieces) / LOOK_BACK_S
+        first = f", first byte p50 {percentile(self.first_s, 50):.2f} p95 {percentile(self.first_s, 95):.2f} s"
+        self.bar.set_postfix_str(
+            f"{drive.flying} in flight, {rate:.0f} pieces/s{first if self.first_s else ''}, {self.errors} errors"
+        )
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,77 @@
+"""One run of one load on a server: warmed up, driven, and turned into the plain numbers that a record holds."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lab import arrivals
+from lab.client import Body, Client
+from load import drive, measures, server
+from load.drive import Ran
+from load.live import Live
+from load.plan import Cell
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server that is measured, and how it is asked. bodies(cell, number): so many requests of a cell's shape."""
+
+    url: str
+    path: str
+    headers: dict[str, str]
+    bodies: Callable[[Cell, int], Sequence[Body]]
+    timeout_s: float
+    retries: int
+    seed: int
+    seconds: float | None = None
+    limits: dict[str, float] | None = None
+    count: Callable[[str], int] | None = None
+
+    def client(self) -> Client:
+        return Client(self.url + self.path, self.headers, self.timeout_s, retries=self.retries)
+
+
+def warm_up(target: Target, cell: Cell) -> None:
+    """As many requests at once as will be, of the same shape, and nothing is kept of them."""
+    clients = cell.clients or 2
+    drive.closed(target.client(), target.bodies(cell, clients), clients)
+
+
+def run(target: Target, cell: Cell) -> Run:
+    """The cell once. A run that was ended early is whole as far as it goes."""
+    live = Live(cell.label, None if target.seconds else cell.requests)
+    try:
+        with server.Watched(target.url, target.headers) as seen:
+            ran = driven(target, cell, live)
+    finally:
+        live.close()
+    requests = measures.measured(sorted(ran.traces, key=lambda one: one.due_s), ran.start_s, target.count)
+    samples = [(moment - ran.start_s, flying) for moment, flying in ran.samples]
+    window = measures.steady(requests, cell.clients)
+    both = seen.before and seen.after and "new_tokens" in seen.before
+    grown = seen.after["new_tokens"] - seen.before["new_tokens"] if both else None
+    found = {
+        "load": cell.load, "requests": requests, "window": window, "ended": ran.why,
+        "figures": measures.figures(requests, window, target.limits) | {"requested_rate": cell.rate},
+        "laws": {"little": measures.little(requests, samples, window), "tokens": measures.tokens(requests, grown)},
+        "client": {"cpu_s": ran.cpu_s, "wall_s": ran.end_s - ran.start_s},
+        "server": seen.used, "metrics": {"before": seen.before, "during": seen.during, "after": seen.after},
+    }  # fmt: skip
+    found["figures"]["mean_in_flight"] = found["laws"]["little"]["in_flight"]
+    return found
+
+
+def driven(target: Target, cell: Cell, see: Callable[[drive.Drive], object]) -> Ran:
+    if cell.clients:
+        bodies = endless(target, cell) if target.seconds else target.bodies(cell, cell.requests)
+        return drive.closed(target.client(), bodies, cell.clients, target.seconds, see=see)
+    count = round(cell.rate * target.seconds) if target.seconds else cell.requests
+    dues = arrivals.schedule(cell.arrival, count, cell.rate, target.seed)
+    return drive.opened(target.client(), target.bodies(cell, count), dues, see=see)
+
+
+def endless(target: Target, cell: Cell) -> Iterator[Body]:
+    while True:
+        yield from target.bodies(cell, cell.requests)

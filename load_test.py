@@ -1,0 +1,225 @@
+"""How much does an OpenAI-compatible server serve, and how long does each request wait? Any server: this one, others.
+
+A closed loop keeps so many clients busy; an open loop sends by a schedule, and so sees the queue that real users would
+stand in. Every request's stamps are kept; figures come from a steady window; each run checks itself by Little's law, by
+counting tokens twice, and by looking at its own CPU time. What this client can do at most is measured, not assumed.
+
+    make bench-serve                              # starts the service, the standard matrix, the report: ten minutes
+    python3 load_test.py --start --quick          # a first look at the service of this kit
+    python3 load_test.py --url http://127.0.0.1:8000 --concurrency 1,4,16
+    python3 load_test.py --rate 2,4 --arrival poisson --slo ttft_p95=1.0,tpot_p95=0.1
+    python3 load_test.py --find-slo ttft_p95=1.0,tpot_p95=0.1      # the largest rate that keeps to it
+    python3 load_test.py --selfcheck              # against servers whose delays are known
+"""
+
+from config import ROOT, Recorded, UserError, check_packages, knob, listed
+
+if __name__ == "__main__":
+    check_packages("aiohttp", "prometheus_client", target="serve", requirements="requirements-serve.txt")
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from lab import console, records
+from lab.card import machine_card
+from lab.request_tables import card_table
+from load import measure, plan, server, tables, words
+from load.plan import Cell
+from load.prompts import Prompts
+
+START_S = 600.0  # a model may have to be converted first
+MOST_STEPS = 6  # halvings of a search
+
+
+@dataclass(frozen=True)
+class LoadConfig(Recorded):
+    url: str = knob("http://127.0.0.1:8000", "the server, without /v1")
+    start: bool = knob(False, "start `serve.py` for this run, on a free port, and stop it afterwards")
+    model: str | None = knob(None, "the model's name at the server, by default its first; with --start, what it serves")
+    api_key: str | None = knob(None, "sent as Authorization: Bearer KEY", env="LLM_INFER_API_KEY")
+    endpoint: str = knob("completions", "which of OpenAI's endpoints is asked", choices=("completions", "chat"))
+    concurrency: str = knob("1,4,16", "closed loops: clients at once", metavar="N,N", quick="1,4")
+    rate: str | None = knob(None, "open loops instead: requests per second", metavar="X,X")
+    arrival: str = knob("poisson", "of an open loop: poisson, constant, or gamma:CV")
+    prompt_tokens: str = knob("128", "prompt lengths", metavar="N,N")
+    max_new_tokens: str = knob("32", "answer lengths", metavar="N,N")
+    prompts_file: str | None = knob(None, "ask these instead, one a line: text, or JSON with prompt or messages")
+    tokenizer: str | None = knob(None, "a folder with tokenizer.json: prompts of exactly that many of its tokens")
+    eos: bool = knob(False, "let answers end where the model ends them: lengths will differ")
+    requests: int = knob(48, "of each run", least=1, quick=16)
+    seconds: float = knob(0.0, "end each run after that long instead", least=0)
+    rounds: int = knob(1, "how often every load is run, in turning order; three or more allow verdicts", least=1)
+    slo: str | None = knob(None, "limits for goodput, such as ttft_p95=1.0,tpot_p95=0.1 (seconds)", metavar="LIMITS")
+    find_slo: str | None = knob(None, "search the largest rate that keeps these limits", metavar="LIMITS")
+    sweep: bool = knob(False, "1, 2, 4, … clients, until more of them bring no more tokens")
+    timeout: float = knob(300.0, "seconds that an answer may take", least=0.1)
+    retries: int = knob(0, "send refused and failed requests again, as OpenAI's clients do, that often", least=0)
+    seed: int = knob(0, "of arrivals and prompts", least=0)
+    quick: bool = knob(False, "a first look: fewer clients and requests")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for limits in (self.slo, self.find_slo):
+            if limits:
+                plan.limits(limits)
+        if self.prompts_file and self.tokenizer:
+            raise UserError("--prompts-file and --tokenizer exclude each other: give one of them.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = LoadConfig.from_cli(__doc__, argv)
+    records.check_writable(config, "load_test")
+    cells = cells_of(config)
+    with served(config) as url:
+        return measured(config, url, cells)
+
+
+def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    names = server.models(url, headers)
+    model = config.model if config.model and not config.start else names[0]
+    if model not in names:
+        raise UserError(f"{url} has no model {model!r}, only {', '.join(names)}: name one of them with --model.")
+    about = server.about(url, headers)
+    card, page = machine_card(), console.Page(silent=config.json == "-")
+    page.show(f"# Load on {model} at {url}\n\n{card_table(card)}", keep=False)
+    prompts = Prompts(
+        config.endpoint, model, config.seed, tokenizer=config.tokenizer, file=config.prompts_file, eos=config.eos
+    )
+    target = measure.Target(
+        url, f"/v1/{'chat/completions' if config.endpoint == 'chat' else 'completions'}", headers, prompts.of,
+        config.timeout, config.retries, config.seed, config.seconds or None, limits_of(config.slo),
+    )  # fmt: skip
+    record = records.new_record("load_test", f"load-on-{model}", config, card)
+    record |= {"kind": "load", "server": {"url": url, "model": model} | about, "runs": [],
+               "prompt_set_hash": prompts.hash} | described(config, model, about)  # fmt: skip
+    try:
+        for run in runs_of(config, target, cells):
+            record["runs"].append(run)
+            if run["ended"] == "interrupted":
+                record["partial"] = True
+                break
+    except KeyboardInterrupt:
+        record["partial"] = True
+    if not record["runs"]:
+        raise KeyboardInterrupt
+    record["verdicts"] = words.sentences(record)
+    sections = [tables.throughput_table(record["runs"]), tables.latency_table(record["runs"]),
+                tables.laws_table(record["runs"])]  # fmt: skip
+    return console.conclude(config, record, page, sections)
+
+
+# ---- what is run
+
+
+def cells_of(config: LoadConfig) -> list[Cell]:
+    prompts = listed(config.prompt_tokens, "--prompt-tokens", least=1)
+    news = listed(config.max_new_tokens, "--max-new-tokens", least=1)
+    if config.rate:
+        rates = listed(config.rate, "--rate", float, least=1e-3)
+        loads = [(None, rate, config.arrival) for rate in rates]
+    else:
+        loads = [(clients, None, None) for clients in listed(config.concurrency, "--concurrency")]
+    return [Cell(*load, prompt, new, config.requests) for prompt, new, load in product(prompts, news, loads)]
+
+
+def runs_of(config: LoadConfig, target: measure.Target, cells: list[Cell]) -> Iterator[dict[str, Any]]:
+    if config.find_slo:
+        yield from search(target, cells[0], plan.limits(config.find_slo), config.arrival)
+    elif config.sweep:
+        yield from sweep(target, cells[0])
+    else:
+        for cell in cells:
+            measure.warm_up(target, cell)
+        for cell in plan.turning(cells, config.rounds):
+            yield measure.run(target, cell)
+
+
+def sweep(target: measure.Target, first: Cell) -> Iterator[dict[str, Any]]:
+    """Twice as many clients each time, until that brings less than a twentieth more tokens."""
+    clients, best = 1, 0.0
+    while True:
+        cell = first.closed(clients)
+        measure.warm_up(target, cell)
+        yield (run := measure.run(target, cell))
+        rate = run["figures"]["output_tokens_per_s"] or 0.0
+        if rate < 1.05 * best or run["ended"]:
+            return
+        clients, best = 2 * clients, max(best, rate)
+
+
+def search(
+    target: measure.Target, first: Cell, limits: list[tuple[str, int, float]], arrival: str
+) -> Iterator[dict[str, Any]]:
+    """Halves the space between a rate that keeps the limits and one that does not, or that nothing can reach."""
+    most = first.closed(16)
+    measure.warm_up(target, most)
+    yield (run := measure.run(target, most))
+    kept, missed = 0.0, run["figures"]["requests_per_s"] or 1.0
+    for _ in range(MOST_STEPS):
+        rate = (kept + missed) / 2
+        run = measure.run(target, first.open(rate, arrival))
+        run["keeps"] = plan.keeps(run["figures"], limits) and not run["ended"]
+        yield run
+        if run["ended"] == "interrupted":
+            return
+        kept, missed = (rate, missed) if run["keeps"] else (kept, rate)
+
+
+def limits_of(text: str | None) -> dict[str, float] | None:
+    return {what: most for what, _, most in plan.limits(text)} if text else None
+
+
+def described(config: LoadConfig, model: str, about: dict[str, Any]) -> dict[str, Any]:
+    """What notes.md has a line for."""
+    known = about.get("model") or {}
+    return {
+        "model": {"name": model, "dtype": known.get("weights", "?"), "device": known.get("device", "?"),
+                  "origin": about["kind"], "hash": known.get("hash", "?")},
+        "prompt": config.prompts_file or "synthetic, each begun differently", "prompt_tokens": config.prompt_tokens,
+        "batch_policy": "the server's", "kv_cache": "the server's",
+        "gpu_utilisation": "N/A (asked of the server only)",
+    }  # fmt: skip
+
+
+# ---- a server of our own
+
+
+@contextlib.contextmanager
+def served(config: LoadConfig) -> Iterator[str]:
+    """The address to ask: the one given, or that of a serve.py which ends with this run."""
+    if not config.start:
+        yield config.url.rstrip("/")
+        return
+    command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", "--log-file", os.devnull]
+    command += ["--model", config.model] if config.model else []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield address_of(process)
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        process.kill()
+
+
+def address_of(process: subprocess.Popen) -> str:
+    end_s = time.monotonic() + START_S
+    while time.monotonic() < end_s and process.poll() is None:
+        if select.select([process.stdout], [], [], 1.0)[0]:
+            line = process.stdout.readline()
+            if " at http" in line:
+                return line.rsplit(" at ", 1)[1].strip()
+    raise UserError(f"serve.py did not start (status {process.poll()}): try `python3 serve.py` by itself.")
+
+
+if __name__ == "__main__":
+    console.run(main)
