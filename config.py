@@ -39,7 +39,7 @@ def knob(default: Any, help: str, **metadata: Any) -> Any:
 
     Metadata: quick = its value under --quick; env = the environment variable that sets it; choices = the allowed
     words; least, most = the allowed numbers; flags = {flag: value} for words that are flags of their own;
-    positional = it stands without a flag; optional_text = the flag may stand without a value.
+    positional = it stands without a flag; flag = another flag than its name's; optional_text = the flag may stand without a value.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -177,7 +177,7 @@ def parser_of(cls: type[Settings], doc: str) -> argparse.ArgumentParser:
         prog=program(), description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for f in fields(cls):
-        flag = "--" + dashed(f.name)
+        flag = f.metadata.get("flag", "--" + dashed(f.name))
         options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": help_of(f)}
         if "positional" in f.metadata:
             parser.add_argument(f.name, choices=f.metadata["choices"], help=f.metadata["help"])

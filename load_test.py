@@ -18,25 +18,28 @@ if __name__ == "__main__":
     check_packages("aiohttp", "prometheus_client", target="serve", requirements="requirements-serve.txt")
 
 import contextlib
+import math
 import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from lab import console, records
+from lab import arrivals, console, records
 from lab.card import machine_card
 from lab.request_tables import card_table
+from lab.verdict import t_half_width
 from load import measure, plan, server, tables, words
 from load.plan import Cell
-from load.prompts import Prompts
+from load.prompts import Prompts, SharedPrefix
 
 START_S = 600.0  # a model may have to be converted first
 MOST_STEPS = 6  # halvings of a search
+MOST_ROUNDS = 30  # of --until
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,26 @@ class LoadConfig(Recorded):
     endpoint: str = knob("completions", "which of OpenAI's endpoints is asked", choices=("completions", "chat"))
     concurrency: str = knob("1,4,16", "closed loops: clients at once", metavar="N,N", quick="1,4")
     rate: str | None = knob(None, "open loops instead: requests per second", metavar="X,X")
-    arrival: str = knob("poisson", "of an open loop: poisson, constant, or gamma:CV")
+    arrival: str = knob("poisson", "of an open loop: poisson, constant, burst, or gamma:CV")
+    ramp: str | None = knob(None, "an open loop whose rate rises: from 1 to 8/s in 60 s is 1:8:60", metavar="X:X:S")
+    replay_file: str | None = knob(None, "send at the times and lengths of this file (at, prompt_tokens, new_tokens)")
     prompt_tokens: str = knob("128", "prompt lengths", metavar="N,N")
     max_new_tokens: str = knob("32", "answer lengths", metavar="N,N")
+    shared_prefix: float = knob(0.0, "the share of every prompt that is the same in all", least=0)
+    turns: int = knob(1, "requests of a conversation, each with all that was said before", least=1)
     prompts_file: str | None = knob(None, "ask these instead, one a line: text, or JSON with prompt or messages")
     tokenizer: str | None = knob(None, "a folder with tokenizer.json: prompts of exactly that many of its tokens")
     eos: bool = knob(False, "let answers end where the model ends them: lengths will differ")
     requests: int = knob(48, "of each run", least=1, quick=16)
     seconds: float = knob(0.0, "end each run after that long instead", least=0)
+    until: str | None = knob(None, "repeat until tokens/s is known that well, such as 5%", metavar="SHARE%")
     rounds: int = knob(1, "how often every load is run, in turning order; three or more allow verdicts", least=1)
     slo: str | None = knob(None, "limits for goodput, such as ttft_p95=1.0,tpot_p95=0.1 (seconds)", metavar="LIMITS")
     find_slo: str | None = knob(None, "search the largest rate that keeps these limits", metavar="LIMITS")
     sweep: bool = knob(False, "1, 2, 4, … clients, until more of them bring no more tokens")
+    formulas: str | None = knob(
+        None, "the same stamps in the formulas of another tool too", choices=("vllm", "guidellm"), flag="--as"
+    )
     timeout: float = knob(300.0, "seconds that an answer may take", least=0.1)
     retries: int = knob(0, "send refused and failed requests again, as OpenAI's clients do, that often", least=0)
     seed: int = knob(0, "of arrivals and prompts", least=0)
@@ -70,6 +81,18 @@ class LoadConfig(Recorded):
         for limits in (self.slo, self.find_slo):
             if limits:
                 plan.limits(limits)
+        if self.until:
+            plan.precision_of(self.until)
+        arrivals.parse_arrival(self.arrival)
+        ways = {"--rate": self.rate, "--ramp": self.ramp, "--replay-file": self.replay_file, "--sweep": self.sweep,
+                "--find-slo": self.find_slo}  # fmt: skip
+        chosen = [name for name, value in ways.items() if value]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)} are different loads: give one of them.")
+        if self.turns > 1 and chosen and chosen != ["--sweep"]:
+            raise UserError(f"A conversation waits for its answers, and {chosen[0]} does not: give one of them.")
+        if self.turns > 1 and self.shared_prefix:
+            raise UserError("--turns and --shared-prefix are different ways to repeat a prefix: give one of them.")
         if self.prompts_file and self.tokenizer:
             raise UserError("--prompts-file and --tokenizer exclude each other: give one of them.")
 
@@ -95,7 +118,8 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
         config.endpoint, model, config.seed, tokenizer=config.tokenizer, file=config.prompts_file, eos=config.eos
     )
     target = measure.Target(
-        url, f"/v1/{'chat/completions' if config.endpoint == 'chat' else 'completions'}", headers, prompts.of,
+        url, f"/v1/{'chat/completions' if config.endpoint == 'chat' else 'completions'}", headers,
+        bodies_of(config, prompts),
         config.timeout, config.retries, config.seed, config.seconds or None, limits_of(config.slo),
     )  # fmt: skip
     record = records.new_record("load_test", f"load-on-{model}", config, card)
@@ -114,15 +138,40 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
     record["verdicts"] = words.sentences(record)
     sections = [tables.throughput_table(record["runs"]), tables.latency_table(record["runs"]),
                 tables.laws_table(record["runs"])]  # fmt: skip
+    if config.formulas:
+        sections.append(tables.others_table(record["runs"], config.formulas))
     return console.conclude(config, record, page, sections)
 
 
 # ---- what is run
 
 
+def bodies_of(config: LoadConfig, prompts: Prompts) -> Callable[[Any, int], list]:
+    """Where the requests of a shape come from."""
+    if config.turns > 1:
+        return lambda shape, count: prompts.conversations(count, config.turns, shape.prompt_tokens, shape.new_tokens)
+    if config.shared_prefix:
+        made: dict[int, SharedPrefix] = {}
+
+        def shared(shape: Any, count: int) -> list:
+            length = shape.prompt_tokens
+            made[length] = made.get(length) or prompts.shared_prefix(length, config.shared_prefix)
+            return made[length].of(shape, count)
+
+        return shared
+    return prompts.of
+
+
 def cells_of(config: LoadConfig) -> list[Cell]:
+    if config.replay_file:
+        recorded = tuple(arrivals.replay(config.replay_file))
+        return [Cell(None, None, None, None, None, len(recorded), recorded=recorded)]
     prompts = listed(config.prompt_tokens, "--prompt-tokens", least=1)
     news = listed(config.max_new_tokens, "--max-new-tokens", least=1)
+    if config.ramp:
+        ramp = plan.ramp_of(config.ramp)
+        count = len(arrivals.ramp(*ramp, config.seed, kind=config.arrival))
+        return [Cell(None, None, config.arrival, *shape, count, ramp) for shape in product(prompts, news)]
     if config.rate:
         rates = listed(config.rate, "--rate", float, least=1e-3)
         loads = [(None, rate, config.arrival) for rate in rates]
@@ -139,8 +188,19 @@ def runs_of(config: LoadConfig, target: measure.Target, cells: list[Cell]) -> It
     else:
         for cell in cells:
             measure.warm_up(target, cell)
-        for cell in plan.turning(cells, config.rounds):
-            yield measure.run(target, cell)
+        yield from rounds(config, target, cells)
+
+
+def rounds(config: LoadConfig, target: measure.Target, cells: list[Cell]) -> Iterator[dict[str, Any]]:
+    """So many rounds as were asked, or as it takes until tokens/s is known well enough in every cell."""
+    share = plan.precision_of(config.until) if config.until else None
+    logs: dict[Cell, list[float]] = {cell: [] for cell in cells}
+    for number in range(MOST_ROUNDS if share else config.rounds):
+        for cell in cells if number % 2 == 0 else reversed(cells):  # A B C, C B A: what drifts hits all alike
+            yield (run := measure.run(target, cell))
+            logs[cell].append(math.log(run["figures"]["output_tokens_per_s"] or math.nan))
+        if share and number >= 2 and all(t_half_width(some) <= share for some in logs.values()):
+            return
 
 
 def sweep(target: measure.Target, first: Cell) -> Iterator[dict[str, Any]]:

@@ -12,12 +12,21 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from lab.client import Body, Client, Trace
 
 LOOK_S = 0.02  # between two looks at what is in flight
 OVERDUE_S = 10.0  # for so long at the least a load is given a chance
 GROWN, AND_MORE = 1.5, 8  # in flight now against half way, and half way against a quarter: it will never settle
+
+
+class Talk(Protocol):
+    """A conversation: the next request depends on the answer to the last one."""
+
+    def opening(self) -> Body: ...
+
+    def reply(self, answer: str) -> Body | None: ...
 
 
 @dataclass
@@ -43,21 +52,20 @@ class Drive:
         self.client, self.see = client, see
         self.found = Ran()
         self.flying = 0
-        self.asked = 0
         self.ending = False
         self.tasks: set[asyncio.Task] = set()
 
     # ---- loads
 
-    async def closed(self, bodies: Iterable[Body], clients: int, seconds: float | None = None) -> Ran:
-        """Until the bodies are used up, or for so many seconds."""
+    async def closed(self, bodies: Iterable[Body | Talk], clients: int, seconds: float | None = None) -> Ran:
+        """Until the bodies are used up, or for so many seconds. A conversation is one client's, from turn to turn."""
         left = iter(bodies)
 
         async def one() -> None:
             for body in left:
                 if self.ending or (seconds and time.perf_counter() - self.found.start_s >= seconds):
                     return
-                await self.send(body, time.perf_counter())
+                await (self.send(body, time.perf_counter()) if isinstance(body, dict) else self.talk(body))
 
         return await self.run([one] * clients)
 
@@ -96,13 +104,22 @@ class Drive:
         task.add_done_callback(self.tasks.discard)
         return task
 
-    async def send(self, body: Body, due_s: float) -> None:
+    async def send(self, body: Body, due_s: float) -> Trace:
         self.flying += 1
-        self.asked += 1
         try:
-            self.found.traces.append(await self.client.ask(body, due_s))
+            trace = await self.client.ask(body, due_s)
+            self.found.traces.append(trace)
+            return trace
         finally:
             self.flying -= 1
+
+    async def talk(self, talk: Talk) -> None:
+        body = talk.opening()
+        while body is not None and not self.ending:
+            trace = await self.send(body, time.perf_counter())
+            if not trace.complete:
+                return
+            body = talk.reply("".join(text for _, text in trace.content))
 
     async def look(self, growing: bool) -> None:
         next_s = 0.0

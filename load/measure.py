@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from lab import arrivals
@@ -16,12 +17,14 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """The server that is measured, and how it is asked. bodies(cell, number): so many requests of a cell's shape."""
+    """The server that is measured, and how it is asked. bodies(shape, number): so many requests of a shape, each a
+    body or a conversation of several.
+    """
 
     url: str
     path: str
     headers: dict[str, str]
-    bodies: Callable[[Cell, int], Sequence[Body]]
+    bodies: Callable[[Any, int], Sequence[Body | drive.Talk]]
     timeout_s: float
     retries: int
     seed: int
@@ -36,7 +39,8 @@ class Target:
 def warm_up(target: Target, cell: Cell) -> None:
     """As many requests at once as will be, of the same shape, and nothing is kept of them."""
     clients = cell.clients or 2
-    drive.closed(target.client(), target.bodies(cell, clients), clients)
+    shape = cell.recorded[0] if cell.recorded else cell
+    drive.closed(target.client(), target.bodies(shape, clients), clients)
 
 
 def run(target: Target, cell: Cell) -> Run:
@@ -67,11 +71,22 @@ def driven(target: Target, cell: Cell, see: Callable[[drive.Drive], object]) -> 
     if cell.clients:
         bodies = endless(target, cell) if target.seconds else target.bodies(cell, cell.requests)
         return drive.closed(target.client(), bodies, cell.clients, target.seconds, see=see)
-    count = round(cell.rate * target.seconds) if target.seconds else cell.requests
-    dues = arrivals.schedule(cell.arrival, count, cell.rate, target.seed)
-    return drive.opened(target.client(), target.bodies(cell, count), dues, see=see)
+    dues = dues_of(target, cell)
+    lone = [target.bodies(one, 1)[0] for one in cell.recorded or ()]
+    return drive.opened(target.client(), lone or target.bodies(cell, len(dues)), dues, see=see)
 
 
-def endless(target: Target, cell: Cell) -> Iterator[Body]:
+def dues_of(target: Target, cell: Cell) -> list[float]:
+    if cell.recorded:
+        return [one.at_s for one in cell.recorded]
+    if cell.ramp:
+        return arrivals.ramp(*cell.ramp, target.seed, kind=cell.arrival)
+    if target.seconds:
+        within = takewhile(lambda due: due < target.seconds, arrivals.moments(cell.arrival, cell.rate, target.seed))
+        return list(within)
+    return arrivals.schedule(cell.arrival, cell.requests, cell.rate, target.seed)
+
+
+def endless(target: Target, cell: Cell) -> Iterator[Body | drive.Talk]:
     while True:
         yield from target.bodies(cell, cell.requests)

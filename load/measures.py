@@ -42,8 +42,17 @@ def request_of(i: int, trace: Trace, start_s: float, count: Callable[[str], int]
         "i": i, "due": trace.due_s - start_s, "sent": trace.sent_s - start_s, "end": trace.end_s - start_s,
         "status": trace.status, "error": error, "ok": error is None, "chunks": chunks,
         "prompt_tokens": usage.get("prompt_tokens"), "cached_tokens": cached_of(usage), "new_tokens": new,
-        "counted_by": by, "queue": (usage.get("timing") or {}).get("queue"), "retries": trace.attempts - 1,
+        "counted_by": by, "choice_times": choice_times(trace, start_s),
+        "queue": (usage.get("timing") or {}).get("queue"), "retries": trace.attempts - 1,
     }  # fmt: skip
+
+
+def choice_times(trace: Trace, start_s: float) -> list[float]:
+    """When each event with a choice came, with text or not: what other tools take for tokens (load/formulas.py)."""
+    try:
+        return [moment - start_s for moment, data in trace.events if data.get("choices")] if trace.streamed else []
+    except ValueError:
+        return []
 
 
 def cached_of(usage: dict[str, Any]) -> int | None:

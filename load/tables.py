@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from load import formulas
 from metrics import NONE, SAMPLE_FLOOR, ms, number, table
 
 Run = dict[str, Any]
@@ -14,7 +15,10 @@ def load_name(load: dict[str, Any]) -> str:
         return f"closed, {load['concurrency']} client{'s' * (load['concurrency'] != 1)}"
     if load["kind"] == "open":
         return f"open, {load['rate']:g}/s {load['arrival']}"
-    return f"open, {load['kind']} {load['arrival']}"
+    if load["kind"] == "ramp":
+        low, high, seconds = load["ramp"]
+        return f"open, {low:g} to {high:g}/s in {seconds:g} s, {load['arrival']}"
+    return f"open, {load['requests']} recorded requests"
 
 
 def shape_name(load: dict[str, Any]) -> str:
@@ -84,6 +88,15 @@ def laws_table(runs: Sequence[Run]) -> str:
             number(wall["cpu_s"] / wall["wall_s"], 0, 100, " %"), number(server, 0, 100, " %"),
         ))  # fmt: skip
     return "### What the runs say of themselves\n\n" + table(columns, rows)
+
+
+def others_table(runs: Sequence[Run], tool: str) -> str:
+    """The same stamps in another tool's formulas, under its own names."""
+    express = {"vllm": formulas.as_vllm, "guidellm": formulas.as_guidellm}[tool]
+    found = [express(run["requests"]) for run in runs]
+    columns = [(f"as {tool}", "left"), *((load_name(run["load"]), "right") for run in runs)]
+    rows = [(name, *(number(one.get(name), 3) for one in found)) for name in found[0]]
+    return f"### In the formulas of {tool}, over the whole run\n\n" + table(columns, rows)
 
 
 def word(holds: bool | None) -> str:

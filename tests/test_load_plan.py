@@ -35,11 +35,25 @@ def test_a_limit_is_kept_only_by_what_was_measured():
     assert not plan.keeps(figures([]), limits) and not plan.keeps(figures([0.5]), plan.limits("tpot_p95=1.0"))
 
 
-def test_rounds_turn():
-    cells = [CELL, CELL.closed(8), CELL.open(2.0, "poisson")]
-    order = list(plan.turning(cells, 3))
-    assert order == cells + cells[::-1] + cells
-    assert (order[2].load["kind"], order[2].load["rate"], order[2].load["concurrency"]) == ("open", 2.0, None)
+def test_a_cell_says_what_it_is():
+    opened = CELL.open(2.0, "poisson")
+    assert (opened.load["kind"], opened.load["rate"], opened.load["concurrency"]) == ("open", 2.0, None)
+    assert opened.closed(4) == CELL
+    rising = Cell(None, None, "poisson", 128, 32, 9, plan.ramp_of("1:8:60"))
+    assert rising.load["kind"] == "ramp" and tables.load_name(rising.load) == "open, 1 to 8/s in 60 s, poisson"
+
+
+@pytest.mark.parametrize("text", ["", "1", "1:2", "a:b:c", "1:2:3:4"])
+def test_a_mixed_up_ramp_is_named(text: str):
+    with pytest.raises(UserError, match="is no ramp"):
+        plan.ramp_of(text)
+
+
+@pytest.mark.parametrize("text", ["5", "x%", "0%", "-1%", "100%", ""])
+def test_a_mixed_up_precision_is_named(text: str):
+    with pytest.raises(UserError, match="is no precision"):
+        plan.precision_of(text)
+    assert plan.precision_of("5%") == 0.05
 
 
 def run(cell: Cell, rate: float, ttft: float = 0.1, **more) -> dict:
