@@ -7,12 +7,14 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from load.script import MODEL, Asked, Ending, Plan, error, reply
+from load.answers import Asked, Ending, Plan, error, reply
+from load.script import MODEL
 
-BURST = 64  # pieces written before others get their turn
+BURST = 256  # pieces in a write, before others get their turn
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 CLOSING = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
@@ -143,28 +145,29 @@ class Connection(asyncio.Protocol):
         self.write_due()
 
     def write_due(self) -> None:
-        """What is due, each piece by a write of its own; then a timer for the next one."""
+        """What is due by now, in one write; then a timer for what comes next."""
         self.timer = None
-        steps, begun_s = self.plan.steps, self.record.arrival_s
-        for _ in range(BURST):
-            now_s = time.perf_counter()
-            if self.paused or self.transport.is_closing() or self.step == len(steps):
-                break
-            if begun_s + steps[self.step].at_s > now_s:
-                break
-            _, data, tokens = steps[self.step]
+        if self.paused or self.transport.is_closing():
+            return
+        now_s = time.perf_counter()
+        self.transport.write(b"".join(self.due(now_s)))
+        if self.step == len(self.plan.steps):
+            self.finish()
+        elif not self.paused:
+            loop = asyncio.get_running_loop()
+            wait_s = self.record.arrival_s + self.plan.steps[self.step].at_s - time.perf_counter()
+            self.timer = loop.call_at(loop.time() + wait_s, self.write_due)
+
+    def due(self, now_s: float) -> Iterator[bytes]:
+        for at_s, data, tokens in self.plan.steps[self.step : self.step + BURST]:
+            if self.record.arrival_s + at_s > now_s:
+                return
             self.step += 1
             if tokens:
                 self.record.written_s.append(now_s)
                 self.record.tokens.append(tokens)
                 self.house.new_tokens += tokens
-            self.transport.write(data)
-        if self.step == len(steps):
-            self.finish()
-        elif not self.paused and not self.transport.is_closing():
-            loop = asyncio.get_running_loop()
-            wait_s = begun_s + steps[self.step].at_s - time.perf_counter()
-            self.timer = loop.call_at(loop.time() + wait_s, self.write_due)
+            yield data
 
     def finish(self) -> None:
         ending = self.plan.ending

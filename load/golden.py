@@ -27,9 +27,10 @@ from typing import Any
 
 from config import ROOT, UserError, dashed, knob
 from lab import console
+from load.answers import Asked, Plan, plan
 from load.clock import new_loop
 from load.connection import Connection, Served
-from load.script import MODEL, Asked, Fault, Plan, Script, plan
+from load.script import MODEL, Fault, Script
 
 KEPT = 50_000  # requests whose stamps are remembered
 BACKLOG = 4096  # connections that wait to be taken
