@@ -15,7 +15,7 @@ counting tokens twice, and by looking at its own CPU time. What this client can 
 from config import ROOT, Recorded, UserError, check_packages, knob, listed
 
 if __name__ == "__main__":
-    check_packages("aiohttp", "prometheus_client", target="serve", requirements="requirements-serve.txt")
+    check_packages("httptools", "orjson", "prometheus_client", target="serve", requirements="requirements-serve.txt")
 
 import contextlib
 import math

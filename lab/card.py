@@ -29,7 +29,7 @@ def machine_card() -> dict[str, str]:
         "GPU": gpu(None),
         "OS": f"{platform.system()} {platform.release()}, {virtualisation()}",
         "Load average": load(),
-        "Versions": f"Python {platform.python_version()}, aiohttp {importlib.metadata.version('aiohttp')}",
+        "Versions": f"Python {platform.python_version()}, httptools {importlib.metadata.version('httptools')}",
         "Commit": commit(),
     }
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import aiohttp
+import orjson
+
+from lab.wire import Broken, Place, Wire, connected
 
 Body = dict[str, Any]
 RETRIED = (408, 409, 429)  # and everything from 500 on: what OpenAI's clients send again
@@ -112,29 +114,26 @@ def data_of(event: bytes) -> Body | None:
     return found
 
 
-@dataclass
 class Client:
-    """Sends requests to one address. retries: how often a refused or failed one is sent again, within a budget.
+    """Sends requests to one address, on connections that it keeps. Used as `async with client:`.
 
-    timeout_s: for a whole answer; silence_s: between two bytes of one. Used as `async with client:`.
+    timeout_s: for a whole answer. retries: how often a refused or failed request is sent again, within a budget.
     """
 
-    url: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    timeout_s: float = 600.0
-    silence_s: float | None = None
-    retries: int = 0
-    asked: int = 0
-    repeated: int = 0
+    def __init__(
+        self, url: str, headers: Mapping[str, str] | None = None, timeout_s: float = 600.0, retries: int = 0
+    ) -> None:
+        self.place = Place.of(url, headers or {})
+        self.timeout_s, self.retries = timeout_s, retries
+        self.idle: list[Wire] = []
+        self.asked = self.repeated = 0
 
     async def __aenter__(self) -> "Client":
-        limits = aiohttp.ClientTimeout(self.timeout_s, sock_read=self.silence_s)
-        connector = aiohttp.TCPConnector(limit=0)  # as many connections as there are requests
-        self.session = aiohttp.ClientSession(connector=connector, timeout=limits, headers=self.headers)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.session.close()
+        for wire in self.idle:
+            wire.transport.close()
 
     async def ask(self, body: Body, due_s: float | None = None) -> Trace:
         """One request to its end, whatever that is."""
@@ -150,18 +149,47 @@ class Client:
             trace = Trace(trace.due_s, attempts=trace.attempts + 1)
 
     async def attempt(self, trace: Trace, body: Body) -> None:
+        raw = self.place.request(orjson.dumps(body))
+        wire: Wire | None = None
         trace.sent_s = time.perf_counter()
         try:
-            async with self.session.post(self.url, json=body) as answer:
-                trace.status = answer.status
-                trace.headers = {name.lower(): value for name, value in answer.headers.items()}
-                while piece := await answer.content.readany():
-                    trace.pieces.append((time.perf_counter(), piece))
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            trace.error = f"{type(error).__name__}: {error}"
+            async with asyncio.timeout(self.timeout_s):
+                wire = self.kept()
+                try:
+                    if wire is not None:
+                        await wire.ask(raw, trace)
+                except Broken:
+                    if trace.status:
+                        raise
+                    wire = None  # the server had closed a connection that was idle: no failure of this request
+                if wire is None:
+                    wire = await connected(self.place)
+                    await wire.ask(raw, trace)
+        except TimeoutError:
+            trace.error = f"timeout: no whole answer within {self.timeout_s:g} s"
+        except Broken as error:
+            trace.error = str(error)
+        except OSError as error:
+            trace.error = f"connect: {error}"
         except asyncio.CancelledError:
             trace.error = INTERRUPTED
-        trace.end_s = time.perf_counter()
+        trace.end_s = time.perf_counter() if trace.error or wire is None else wire.now_s
+        if wire is not None and trace.error:
+            wire.transport.abort()
+        elif wire is not None:
+            self.idle.append(wire)
+
+    async def open(self, count: int) -> None:
+        """Connections for the first requests, so that none waits for one. Whether anybody is there shows later."""
+        wires = await asyncio.gather(*(connected(self.place) for _ in range(count)), return_exceptions=True)
+        self.idle += [wire for wire in wires if isinstance(wire, Wire)]
+
+    def kept(self) -> Wire | None:
+        """An idle connection that still stands, the last one used first."""
+        while self.idle:
+            if not (wire := self.idle.pop()).lost:
+                return wire
+        return None
 
 
 def closed_loop(url: str, bodies: Sequence[Body], clients: int) -> list[Trace]:

@@ -15,10 +15,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lab.client import Body, Client, Trace
+from load.clock import new_loop
 
 LOOK_S = 0.02  # between two looks at what is in flight
+AWAKE_S = 0.001
+MOST_OPENED = 64  # connections made before an open loop begins
 OVERDUE_S = 10.0  # for so long at the least a load is given a chance
 GROWN, AND_MORE = 1.5, 8  # in flight now against half way, and half way against a quarter: it will never settle
+
+
+async def moment(due_s: float) -> None:
+    """Wait until then. The last millisecond awake: a sleep ends late, by as much as a machine needs to wake up."""
+    await asyncio.sleep(max(due_s - time.perf_counter() - AWAKE_S, 0))
+    while time.perf_counter() < due_s:
+        await asyncio.sleep(0)
 
 
 class Talk(Protocol):
@@ -67,7 +77,7 @@ class Drive:
                     return
                 await (self.send(body, time.perf_counter()) if isinstance(body, dict) else self.talk(body))
 
-        return await self.run([one] * clients)
+        return await self.run([one] * clients, clients)
 
     async def open(self, bodies: Sequence[Body], dues_s: Sequence[float]) -> Ran:
         """Each at its moment after the start."""
@@ -76,18 +86,21 @@ class Drive:
             sending = []
             for body, due_s in zip(bodies, dues_s, strict=True):
                 due_s += self.found.start_s
-                await asyncio.sleep(max(due_s - time.perf_counter(), 0))
+                await moment(due_s)
                 if self.ending:
                     break
                 sending.append(self.spawn(self.send(body, due_s)))
             await asyncio.gather(*sending)
 
-        return await self.run([starter], growing=True)
+        return await self.run([starter], min(len(bodies), MOST_OPENED), growing=True)
 
     # ---- one run
 
-    async def run(self, parts: Sequence[Callable[[], Awaitable[None]]], growing: bool = False) -> Ran:
+    async def run(
+        self, parts: Sequence[Callable[[], Awaitable[None]]], connections: int, growing: bool = False
+    ) -> Ran:  # fmt: skip
         async with self.client:
+            await self.client.open(connections)
             self.found.start_s, cpu_s = time.perf_counter(), time.process_time()
             looking = asyncio.create_task(self.look(growing))
             with self.told_by_ctrl_c():
@@ -169,8 +182,10 @@ class Drive:
 
 
 def closed(client: Client, bodies: Iterable[Body], clients: int, seconds: float | None = None, **more) -> Ran:
-    return asyncio.run(Drive(client, **more).closed(bodies, clients, seconds))
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(Drive(client, **more).closed(bodies, clients, seconds))
 
 
 def opened(client: Client, bodies: Sequence[Body], dues_s: Sequence[float], **more) -> Ran:
-    return asyncio.run(Drive(client, **more).open(bodies, dues_s))
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(Drive(client, **more).open(bodies, dues_s))

@@ -62,7 +62,7 @@ def cached_of(usage: dict[str, Any]) -> int | None:
 def error_of(trace: Trace) -> str | None:
     """None for a whole answer; else the kind of failure, in a word or two, and what was said of it."""
     if trace.error is not None:
-        return trace.error if trace.error == INTERRUPTED else f"{kind_of(trace.error)}: {trace.error}"
+        return trace.error
     if trace.status != 200:
         return f"{trace.status}: {said(trace)}"
     try:
@@ -76,13 +76,6 @@ def error_of(trace: Trace) -> str | None:
         return None
     ended = any(choice.get("finish_reason") for data in events for choice in data.get("choices", []))
     return None if ended else "cut: the stream ended without a finish_reason and without [DONE]"
-
-
-def kind_of(error: str) -> str:
-    name = error.partition(":")[0]
-    if "Timeout" in name:
-        return "timeout"
-    return "connect" if "Connector" in name or "Refused" in name else "cut" if "Payload" in name else "disconnected"
 
 
 def said(trace: Trace) -> str:

@@ -31,7 +31,9 @@ TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.ch
               "engine.shape", "engine.settings",
               "lab.kv_ledger", "lab.kv_tables", "lab.kv_words", "lab.kv_plots", "service.app", "service.assembly",
               "service.server", "service.capacity", "load_test", "load.drive", "load.measure", "load.server",
-              "load.plan", "load.tables", "load.words", "load.prompts", "load.texts", "load.formulas")  # fmt: skip
+              "load.plan", "load.tables", "load.words", "load.prompts", "load.texts", "load.formulas",
+              "load.answers", "load.clock", "load.connection", "load.golden", "load.script", "load.selfcheck",
+              "load.measures", "lab.wire", "lab.client")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
 
