@@ -39,8 +39,8 @@ def knob(default: Any, help: str, **metadata: Any) -> Any:
 
     Metadata: quick = its value under --quick; env = the environment variable that sets it; choices = the allowed
     words; least, most = the allowed numbers; flags = {flag: value} for words that are flags of their own;
-    positional = it stands without a flag; flag = another flag than its name's; optional_text = the flag may stand
-    without a value.
+    positional = it stands without a flag, and optional may be left out; flag = another flag than its name's;
+    optional_text = the flag may stand without a value.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -181,7 +181,8 @@ def parser_of(cls: type[Settings], doc: str) -> argparse.ArgumentParser:
         flag = f.metadata.get("flag", "--" + dashed(f.name))
         options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": help_of(f)}
         if "positional" in f.metadata:
-            parser.add_argument(f.name, choices=f.metadata["choices"], help=f.metadata["help"])
+            optional = {"nargs": "?", "default": f.default} if f.metadata.get("optional") else {}
+            parser.add_argument(f.name, choices=f.metadata.get("choices"), help=f.metadata["help"], **optional)
         elif "flags" in f.metadata:
             group = parser.add_mutually_exclusive_group()
             for word_flag, value in f.metadata["flags"].items():

@@ -33,7 +33,8 @@ TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.ch
               "service.server", "service.capacity", "load_test", "load.drive", "load.measure", "load.server",
               "load.plan", "load.tables", "load.words", "load.prompts", "load.texts", "load.formulas",
               "load.answers", "load.clock", "load.connection", "load.golden", "load.script", "load.selfcheck",
-              "load.measures", "lab.wire", "lab.client")  # fmt: skip
+              "load.measures", "lab.wire", "lab.client", "lab.compare", "lab.claims", "lab.claim_documents",
+              "lab.report_page", "lab.report_render", "lab.report_figures", "lab.load_runs")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
 
