@@ -33,7 +33,7 @@ from lab import arrivals, console, records
 from lab.card import machine_card
 from lab.request_tables import card_table
 from lab.verdict import t_half_width
-from load import measure, plan, server, tables, words
+from load import ceiling, measure, plan, selfcheck, server, tables, words
 from load.plan import Cell
 from load.prompts import Prompts, SharedPrefix
 
@@ -65,6 +65,7 @@ class LoadConfig(Recorded):
     seconds: float = knob(0.0, "end each run after that long instead", least=0)
     until: str | None = knob(None, "repeat until tokens/s is known that well, such as 5%", metavar="SHARE%")
     rounds: int = knob(1, "how often every load is run, in turning order; three or more allow verdicts", least=1)
+    selfcheck: bool = knob(False, "measure servers whose delays are known, and what this client can do at most")
     slo: str | None = knob(None, "limits for goodput, such as ttft_p95=1.0,tpot_p95=0.1 (seconds)", metavar="LIMITS")
     find_slo: str | None = knob(None, "search the largest rate that keeps these limits", metavar="LIMITS")
     sweep: bool = knob(False, "1, 2, 4, … clients, until more of them bring no more tokens")
@@ -99,6 +100,8 @@ class LoadConfig(Recorded):
 
 def main(argv: list[str] | None = None) -> int:
     config = LoadConfig.from_cli(__doc__, argv)
+    if config.selfcheck:
+        return self_check()
     records.check_writable(config, "load_test")
     cells = cells_of(config)
     with served(config) as url:
@@ -135,12 +138,26 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
         record["partial"] = True
     if not record["runs"]:
         raise KeyboardInterrupt
+    record["client_ceiling"] = ceiling.known()
     record["verdicts"] = words.sentences(record)
     sections = [tables.throughput_table(record["runs"]), tables.latency_table(record["runs"]),
                 tables.laws_table(record["runs"])]  # fmt: skip
     if config.formulas:
         sections.append(tables.others_table(record["runs"], config.formulas))
+    record["printed"] = "\n\n".join(sections)  # what may be quoted of it, as it was shown
     return console.conclude(config, record, page, sections)
+
+
+def self_check() -> int:
+    """Both loops against golden servers, then the ceiling. Status 1 when a figure is off."""
+    rows = []
+    for name, measured_by in (("closed", selfcheck.closed), ("open", selfcheck.opened)):
+        found = selfcheck.check(measured_by)
+        print(f"### {name} loop, against servers whose delays are known\n\n{selfcheck.checks_table(found)}\n")
+        rows += found
+    most = ceiling.measure()
+    print(f"{selfcheck.sentence(rows)}\n{words.ceiling_sentence(most)}")
+    return 0 if all(row.holds for row in rows) else 1
 
 
 # ---- what is run

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from lab.client import Body, Trace
+from lab.client import Body, Client, Trace
+from load import drive
 from load.connection import CHAT, Served
 from load.golden import started
 from load.measures import figures, measured
@@ -77,6 +78,16 @@ def checked(measure: Measure, case: Case) -> list[Row]:
     end = max(request["end"] for request in requests)
     window = {"begin": 0.0, "end": end, "class": "whole", "inside": len(requests)}
     return rows(case, truth(served), figures(requests, window))
+
+
+def closed(url: str, asked: Sequence[Body]) -> list[Trace]:
+    """Four clients."""
+    return drive.closed(Client(url), asked, 4).traces
+
+
+def opened(url: str, asked: Sequence[Body]) -> list[Trace]:
+    """Twenty requests a second, evenly."""
+    return drive.opened(Client(url), asked, [i / 20 for i in range(len(asked))]).traces
 
 
 def bodies(case: Case) -> list[Body]:

@@ -13,7 +13,17 @@ LATE_S = 0.01
 
 def sentences(record: dict[str, Any]) -> list[str]:
     runs = record["runs"]
-    return [*found_rate(runs), *against_first(runs), *broken(runs)] or ["No two loads to compare: see the tables."]
+    said = [*found_rate(runs), *against_first(runs), *broken(runs)] or ["No two loads to compare: see the tables."]
+    return [*said, ceiling_sentence(record.get("client_ceiling"))]
+
+
+def ceiling_sentence(most: dict[str, Any] | None) -> str:
+    if most is None:
+        return "What this client can do at most is not known here: run `python3 load_test.py --selfcheck` once."
+    return (
+        f"A run is this client's own limit above {most['requests_per_s']:,.0f} requests/s or "
+        f"{most['pieces_per_s']:,.0f} pieces/s: so much it reached against a server that only answers."
+    )
 
 
 def against_first(runs: Sequence[dict[str, Any]]) -> list[str]:

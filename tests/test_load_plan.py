@@ -66,7 +66,7 @@ def run(cell: Cell, rate: float, ttft: float = 0.1, **more) -> dict:
 def test_one_point_is_no_verdict_and_six_rounds_are():
     eight = CELL.closed(8)
     once = words.sentences({"runs": [run(CELL, 10.0), run(eight, 20.0)]})
-    assert len(once) == 1 and "×2.00 (one point: no verdict" in once[0]
+    assert len(once) == 2 and "--selfcheck" in once[1] and "×2.00 (one point: no verdict" in once[0]
     runs = [run(cell, rate * wobble) for wobble in (1.0, 1.01, 0.99, 1.02, 0.98, 1.0)
             for cell, rate in ((CELL, 10.0), (eight, 20.0))]  # fmt: skip
     said = words.sentences({"runs": runs})[0]

@@ -1,0 +1,203 @@
+"""load_test.py as a user runs it, against golden servers: what it prints and records, also when they break."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lab.client import Client, Trace
+from load import drive, golden
+from load.script import Script
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = Script(first_s=0.02, gap_s=0.002)
+
+
+def command(url: str, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "load_test.py"), "--url", url, *options]
+
+
+def asked(url: str, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(url, *options), capture_output=True, text=True, timeout=120)
+
+
+def recorded(url: str, *options: str) -> dict:
+    done = asked(url, "--json", "-", "--requests", "12", "--prompt-tokens", "16", "--max-new-tokens", "8", *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def url():
+    with golden.serve(QUICK) as server:
+        yield server.url
+
+
+def test_a_matrix_of_closed_loops(url):
+    record = recorded(url, "--concurrency", "1,3", "--rounds", "2")
+    loads = [
+        (run["load"]["concurrency"], run["load"]["prompt_tokens"], run["load"]["new_tokens"]) for run in record["runs"]
+    ]
+    assert loads == [(1, 16, 8), (3, 16, 8), (3, 16, 8), (1, 16, 8)], "the second round turns"
+    assert record["server"]["kind"] == "another server" and record["partial"] is False
+    for run in record["runs"]:
+        assert len(run["requests"]) == 12 and all(one["ok"] and one["new_tokens"] == 8 for one in run["requests"])
+        assert run["laws"]["tokens"] == {"pieces": 96, "usage": 96, "server": 96, "holds": True}
+        assert max(one["due"] for one in run["requests"]) > 0
+        flying = run["laws"]["little"]
+        assert flying["in_flight"] <= run["load"]["concurrency"] + 1e-9
+
+
+def test_an_open_loop_sends_by_its_schedule_and_says_so(url):
+    record = recorded(url, "--rate", "40", "--arrival", "constant")
+    run = record["runs"][0]
+    assert (run["load"]["kind"], run["load"]["arrival"], run["figures"]["requested_rate"]) == ("open", "constant", 40.0)
+    gaps = [after["due"] - before["due"] for before, after in zip(run["requests"], run["requests"][1:], strict=False)]
+    assert gaps == pytest.approx([1 / 40] * 11)
+
+
+def test_recorded_loads_and_ramps(url, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"at": i / 20, "prompt_tokens": 8 + i, "new_tokens": 2 + i}) for i in range(4))
+    )
+    run = recorded(url, "--replay-file", str(path))["runs"][0]
+    assert [one["new_tokens"] for one in run["requests"]] == [2, 3, 4, 5]
+    assert [one["due"] for one in run["requests"]] == pytest.approx([0, 0.05, 0.1, 0.15])
+    rising = recorded(url, "--ramp", "5:40:1")["runs"][0]
+    assert rising["load"]["kind"] == "ramp" and len(rising["requests"]) > 5
+
+
+def test_a_conversation_waits_for_its_answers(url):
+    run = recorded(url, "--turns", "3", "--endpoint", "chat", "--concurrency", "2", "--requests", "2")["runs"][0]
+    assert len(run["requests"]) == 6
+    lengths = sorted(one["prompt_tokens"] for one in run["requests"])
+    assert lengths[0] < lengths[2] < lengths[4], "each turn holds all that was said"
+
+
+def test_the_search_brackets_the_rate(url):
+    record = recorded(url, "--find-slo", "ttft_p95=5.0", "--concurrency", "1")
+    assert any("largest rate that keeps the limits" in sentence for sentence in record["verdicts"])
+    assert all("keeps" in run for run in record["runs"][1:])
+
+
+def test_another_tools_formulas_stand_beside_ours(url, tmp_path):
+    done = asked(url, "--json", str(tmp_path / "out.jsonl"), "--requests", "6", "--concurrency", "2", "--as", "vllm")
+    assert done.returncode == 0 and "In the formulas of vllm" in done.stdout and "mean_ttft_ms" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "fault", ["429", "503", "500", "cut", "die", "malformed", "error_event", "no_done", "not_a_stream"]
+)
+def test_a_server_that_breaks_is_measured_as_broken(fault: str):
+    with golden.serve(Script(first_s=0.01, gap_s=0.001, fault=fault)) as server:
+        record = recorded(server.url, "--concurrency", "2")
+    run = record["runs"][0]
+    failed = [one for one in run["requests"] if not one["ok"]]
+    if fault in ("no_done", "not_a_stream"):  # whole answers, in another form
+        assert not failed
+    else:
+        assert len(failed) == 12 and sum(run["figures"]["errors"].values()) > 0
+        kinds = {one["error"].partition(":")[0] for one in failed}
+        assert kinds <= {fault, "cut", "error event", "disconnected", "malformed"}, kinds
+        assert any("not answered" in sentence for sentence in record["verdicts"])
+    if fault == "not_a_stream":
+        assert run["figures"]["ttft_s"] is None, "nobody saw a first token"
+
+
+def test_a_server_that_hangs_costs_no_more_than_the_timeout():
+    with golden.serve(Script(fault="hang_midway")) as server:
+        begin = time.monotonic()
+        record = recorded(server.url, "--concurrency", "12", "--timeout", "1")
+    assert {one["error"].partition(":")[0] for one in record["runs"][0]["requests"]} == {"timeout"}
+    assert time.monotonic() - begin < 30
+
+
+def test_retries_are_counted_apart_and_follow_the_servers_word():
+    with golden.serve(Script(first_s=0.01, gap_s=0.001, fault="503", times=3, retry_after_s=0)) as server:
+        ran = drive.closed(Client(server.url + "/v1/completions", retries=3), [BODY] * 6, 1)
+    assert all(trace.complete for trace in ran.traces)
+    assert sum(trace.attempts - 1 for trace in ran.traces) == 3
+    with golden.serve(Script(fault="503", retry_after_s=0)) as server:
+        ran = drive.closed(Client(server.url + "/v1/completions", retries=50), [BODY], 1)
+    assert ran.traces[0].attempts <= 12, "a budget ends what would never end"
+
+
+BODY = {"model": "golden", "prompt": "x", "max_tokens": 4, "stream": True}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "waits"),
+    [
+        ({"retry-after-ms": "1500"}, 503, 1.5), ({"retry-after": "2"}, 429, 2.0), ({"retry-after": "500"}, 503, None),
+        ({"x-should-retry": "false"}, 503, None), ({"x-should-retry": "true", "retry-after": "1"}, 400, 1.0),
+        ({}, 400, None), ({}, 200, None),
+    ],
+)  # fmt: skip
+def test_when_a_request_is_sent_again(headers, status, waits):
+    assert Trace(0.0, status=status, headers=headers).again_after_s() == waits
+
+
+def test_without_the_servers_word_the_wait_grows():
+    waits = [Trace(0.0, status=503, attempts=n).again_after_s() for n in (1, 2, 3, 9)]
+    assert 0.37 < waits[0] <= 0.5 and 0.75 <= waits[1] <= 1.0 and 1.5 <= waits[2] <= 2.0 and 6.0 <= waits[3] <= 8.0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rate", "-1"], "--rate takes numbers of at least"), (["--rate", "x"], "--rate takes numbers"),
+        (["--concurrency", "0"], "--concurrency takes numbers of at least"), (["--slo", "ttft"], "is no limit"),
+        (["--arrival", "sometimes"], "gamma"), (["--rate", "1", "--sweep"], "are different loads"),
+        (["--until", "5"], "is no precision"), (["--ramp", "1:2"], "is no ramp"), (["--requests", "0"], "--requests"),
+        (["--prompts-file", "/nowhere"], "cannot be read"), (["--tokenizer", "/nowhere"], "cannot be read"),
+        (["--model", "other"], "has no model 'other'"), (["--turns", "2", "--rate", "1"], "waits for its answers"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(url, options, says):
+    done = asked(url, *options)
+    assert (done.returncode, done.stdout.count("###")) == (2, 0) or done.returncode == 2, done.stderr
+    assert says in done.stderr and "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "https://127.0.0.1:9", "nonsense", "http://"])
+def test_nobody_there_is_one_sentence(address: str):
+    done = asked(address)
+    assert done.returncode == 2 and "No OpenAI-compatible server answers at" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    with golden.serve(Script(first_s=0.05, gap_s=0.02)) as server:
+        path = tmp_path / "out.jsonl"
+        options = ("--json", str(path), "--concurrency", "2", "--requests", "5000", "--prompt-tokens", "8")
+        process = subprocess.Popen(
+            command(server.url, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        end = time.monotonic() + 60
+        while len(server.served) < 12 and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "PARTIAL" in out and "Traceback" not in err
+    record = json.loads(path.read_text())
+    assert record["partial"] and sum(one["ok"] for one in record["runs"][0]["requests"]) >= 6
+
+
+def test_an_open_loop_that_is_too_much_is_stopped():
+    def see(now: drive.Drive) -> None:
+        flying.append(now.flying)
+
+    flying: list[int] = []
+    with golden.serve(Script(fault="hang")) as server:
+        before, drive.OVERDUE_S = drive.OVERDUE_S, 1.0
+        try:
+            client = Client(server.url + "/v1/completions", timeout_s=60)
+            ran = drive.opened(client, [BODY] * 4000, [i / 100 for i in range(4000)], see=see)
+        finally:
+            drive.OVERDUE_S = before
+    assert ran.why == "over-saturated" and ran.end_s - ran.start_s < 30 and max(flying) > 20
