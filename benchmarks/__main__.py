@@ -37,6 +37,7 @@ ALL = (
     "serve_cost",
     "serve_overload",
     "serve_speed",
+    "load_client",
 )
 
 

@@ -12,6 +12,11 @@ both figures of a row come from the same clock readings.
     python3 -m experiments.mistakes warmup-shape  # warmed with another shape than the one that is timed
     python3 -m experiments.mistakes mean-over-growth    # one mean for steps that grow
     python3 -m experiments.mistakes prefill-in-decode   # the prefill, divided among the new tokens
+    python3 -m experiments.mistakes coordinated-omission   # latency from when a late sender sent
+    python3 -m experiments.mistakes chunks     # events of a stream, counted as tokens
+    python3 -m experiments.mistakes role-chunk   # the event that names the role, taken for the first token
+    python3 -m experiments.mistakes warm-cache   # the same prompts again
+    python3 -m experiments.mistakes opening-wave   # all clients at once, inside the percentile
 """
 
 from config import PromptConfig, check_packages, knob
@@ -28,7 +33,7 @@ from typing import Any
 
 import torch
 
-from experiments import batch_mistakes, kv_mistakes
+from experiments import batch_mistakes, kv_mistakes, load_mistakes
 from lab import console, records
 from lab.card import hardware_card
 from lab.request_tables import quoted
@@ -36,7 +41,7 @@ from metrics import Stats, ms, number, synchronize, table, timed
 from model import Model, check_fits, decode_step, ids_tensor, load, prefill
 
 NAMES = ("cold", "unsynced", "folded", "order", "exec-only", "mean-of-p95", "warmup-shape", "mean-over-growth",
-         "prefill-in-decode")  # fmt: skip
+         "prefill-in-decode", "coordinated-omission", "chunks", "role-chunk", "warm-cache", "opening-wave")  # fmt: skip
 Finding = tuple[list[tuple], list[str]]  # rows: figure, wrong, right, wrong / right; and sentences
 
 
@@ -152,6 +157,11 @@ OWN_PROMPTS: dict[str, tuple[Callable[..., Any], Callable[..., Finding], int]] =
     "warmup-shape": (kv_mistakes.new_shape, kv_mistakes.warmup_shape, kv_mistakes.PROMPT_TOKENS),
     "mean-over-growth": (kv_mistakes.uncached, kv_mistakes.mean_over_growth, kv_mistakes.PROMPT_TOKENS),
     "prefill-in-decode": (kv_mistakes.long_prompt, kv_mistakes.prefill_in_decode, kv_mistakes.LONG_PROMPT),
+    "coordinated-omission": (load_mistakes.late_sender, load_mistakes.coordinated_omission, 1),
+    "chunks": (load_mistakes.in_fours, load_mistakes.chunks, 1),
+    "role-chunk": (load_mistakes.role_first, load_mistakes.role_chunk, 1),
+    "warm-cache": (load_mistakes.asked_twice, load_mistakes.warm_cache, load_mistakes.WARM_PROMPT),
+    "opening-wave": (load_mistakes.in_waves, load_mistakes.opening_wave, load_mistakes.PROMPT_TOKENS),
 }
 
 

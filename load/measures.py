@@ -34,12 +34,13 @@ def request_of(i: int, trace: Trace, start_s: float, count: Callable[[str], int]
         content, usage = (trace.content if trace.streamed else []), trace.usage or {}
     except ValueError:
         content, usage = [], {}
-    chunks = [[moment - start_s, count(text) if count else 1] for moment, text in content]
+    chunks = [[since(moment, start_s), count(text) if count else 1] for moment, text in content]
     new, by = usage.get("completion_tokens"), "usage"
     if new is None:
         new, by = sum(tokens for _, tokens in chunks) or None, "ids" if count else "chunks"
     return {
-        "i": i, "due": trace.due_s - start_s, "sent": trace.sent_s - start_s, "end": trace.end_s - start_s,
+        "i": i, "due": since(trace.due_s, start_s), "sent": since(trace.sent_s, start_s),
+        "end": since(trace.end_s, start_s),
         "status": trace.status, "error": error, "ok": error is None, "chunks": chunks,
         "prompt_tokens": usage.get("prompt_tokens"), "cached_tokens": cached_of(usage), "new_tokens": new,
         "counted_by": by, "choice_times": choice_times(trace, start_s),
@@ -47,10 +48,17 @@ def request_of(i: int, trace: Trace, start_s: float, count: Callable[[str], int]
     }  # fmt: skip
 
 
+def since(moment: float, start_s: float) -> float:
+    """Seconds since the run began; to a microsecond, which is less than a clock reading is good for."""
+    return round(moment - start_s, 6)
+
+
 def choice_times(trace: Trace, start_s: float) -> list[float]:
     """When each event with a choice came, with text or not: what other tools take for tokens (load/formulas.py)."""
     try:
-        return [moment - start_s for moment, data in trace.events if data.get("choices")] if trace.streamed else []
+        return (
+            [since(moment, start_s) for moment, data in trace.events if data.get("choices")] if trace.streamed else []
+        )
     except ValueError:
         return []
 
