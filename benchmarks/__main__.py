@@ -38,6 +38,7 @@ ALL = (
     "serve_overload",
     "serve_speed",
     "load_client",
+    "load_agreement",
 )
 
 
