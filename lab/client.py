@@ -134,6 +134,7 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         for wire in self.idle:
             wire.transport.close()
+        await asyncio.sleep(0)  # the loop closes their sockets in its next turn, if there is one
 
     async def ask(self, body: Body, due_s: float | None = None) -> Trace:
         """One request to its end, whatever that is."""

@@ -32,7 +32,7 @@ class Connection(HttpToolsProtocol):
     header_timeout: float
     send_timeout: float
     max_body: int
-    let_in: deque[tuple["Connection", Any, Any]]  # of all connections: they begin one in each turn of the event loop
+    let_in: deque[tuple["Connection", Any, Any]]  # of all connections: first who began in this turn of the event loop
     at_once: Callable[[dict], tuple[int, dict[str, str], bytes] | None]
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -76,18 +76,22 @@ class Connection(HttpToolsProtocol):
             if refused is None:
                 self.let_in.append((self, cycle, app))
                 if len(self.let_in) == 1:
-                    self.loop.call_soon(self.start_next)
+                    self.begin_first()
             else:
                 self.in_feed = True
                 self.send_refusal(cycle, *refused)
                 self.in_feed = False
 
-    def start_next(self) -> None:
-        """In between the loop reads what has arrived: of a burst, those who are refused learn it first."""
-        connection, cycle, app = self.let_in.popleft()
+    def begin_first(self) -> None:
+        """One in each turn of the loop; in between it reads what has arrived: of a burst, the refused are first."""
+        connection, cycle, app = self.let_in[0]
         connection.start_task(cycle, app)
+        self.loop.call_soon(self.next_turn)
+
+    def next_turn(self) -> None:
+        self.let_in.popleft()
         if self.let_in:
-            self.loop.call_soon(self.start_next)
+            self.begin_first()
 
     def start_task(self, cycle: Any, app: Any) -> None:
         if not self.flow.write_paused:

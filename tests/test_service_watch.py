@@ -55,7 +55,7 @@ def test_a_broken_law_is_named_and_a_mended_one_forgotten(here, law: str):
 def test_clients_that_leave_during_a_long_step_break_no_law(here):
     here.runner.hold()
     leaving = [here.send_chat(max_tokens=50) for _ in range(3)]
-    here.until(lambda: here.bridge.seen().running == 3)
+    running(here, 3)
     begin = time.monotonic()
     for connection in leaving:
         connection.close()
