@@ -124,6 +124,7 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
         url, f"/v1/{'chat/completions' if config.endpoint == 'chat' else 'completions'}", headers,
         bodies_of(config, prompts),
         config.timeout, config.retries, config.seed, config.seconds or None, limits_of(config.slo),
+        prompts.counted.count if prompts.counted else None,
     )  # fmt: skip
     record = records.new_record("load_test", f"load-on-{model}", config, card)
     record |= {"kind": "load", "server": {"url": url, "model": model} | about, "runs": [],

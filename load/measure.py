@@ -37,10 +37,11 @@ class Target:
 
 
 def warm_up(target: Target, cell: Cell) -> None:
-    """As many requests at once as will be, of the same shape, and nothing is kept of them."""
+    """As many requests at once as will be, of the same shape, and nothing is kept of them. KeyboardInterrupt."""
     clients = cell.clients or 2
     shape = cell.recorded[0] if cell.recorded else cell
-    drive.closed(target.client(), target.bodies(shape, clients), clients)
+    if drive.closed(target.client(), target.bodies(shape, clients), clients).interrupted:
+        raise KeyboardInterrupt
 
 
 def run(target: Target, cell: Cell) -> Run:

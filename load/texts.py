@@ -49,6 +49,10 @@ class Counted:
     def ids(self, text: str) -> list[int]:
         return self.core.encode(text, add_special_tokens=self.special).ids
 
+    def count(self, text: str) -> int:
+        """Tokens of a piece of an answer: without those that begin a text."""
+        return len(self.core.encode(text, add_special_tokens=False).ids)
+
     def pool(self) -> list[int]:
         """Ids that plain text is made of: none of them ends an answer or begins a message."""
         return sorted({i for word in WORDS for i in self.core.encode(f" {word}", add_special_tokens=False).ids})

@@ -188,6 +188,23 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert record["partial"] and sum(one["ok"] for one in record["runs"][0]["requests"]) >= 6
 
 
+def test_ctrl_c_while_it_warms_up_ends_it():
+    with golden.serve(Script(first_s=60.0)) as server:
+        process = subprocess.Popen(command(server.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 60
+        while not server.served and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted before anything was measured" in err
+
+
+def test_with_a_tokenizer_prompts_are_exact_and_pieces_are_counted(checkpoint_folder):
+    with golden.serve(Script(first_s=0.01, gap_s=0.002, per_chunk=4)) as server:
+        record = recorded(server.url, "--concurrency", "2", "--tokenizer", str(checkpoint_folder))
+    assert all(count > 1 for one in record["runs"][0]["requests"] for _, count in one["chunks"])
+
+
 def test_an_open_loop_that_is_too_much_is_stopped():
     def see(now: drive.Drive) -> None:
         flying.append(now.flying)
