@@ -115,11 +115,11 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
     if model not in names:
         raise UserError(f"{url} has no model {model!r}, only {', '.join(names)}: name one of them with --model.")
     about = server.about(url, headers)
-    card, page = machine_card(), console.Page(silent=config.json == "-")
-    page.show(f"# Load on {model} at {url}\n\n{card_table(card)}", keep=False)
     prompts = Prompts(
         config.endpoint, model, config.seed, tokenizer=config.tokenizer, file=config.prompts_file, eos=config.eos
     )
+    card, page = machine_card(), console.Page(silent=config.json == "-")
+    page.show(f"# Load on {model} at {url}\n\n{card_table(card)}", keep=False)
     target = measure.Target(
         url, f"/v1/{'chat/completions' if config.endpoint == 'chat' else 'completions'}", headers,
         bodies_of(config, prompts),

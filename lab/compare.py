@@ -36,11 +36,13 @@ ONE_AFTER_THE_OTHER = (
     "between, that counts as a difference."
 )
 
-# What says where a record goes, where the server is, or which loads were run (those are compared run by run).
+# Settings that say where a record goes, where the server is, how often something is measured, or which loads are run:
+# those are compared run by run. What the prompts are shows in their hash.
 NO_FACTOR = {
-    "json", "note", "notes_file", "url", "start", "figure", "live", "recalibrate", "out", "runs", "rounds", "repeat",
-    "concurrency", "rate", "arrival", "requests", "duration", "until", "prompt_tokens", "new_tokens", "max_new_tokens",
-    "sweep", "find_slo", "slo", "ramp", "replay", "api_key",
+    "json", "note", "notes_file", "url", "start", "api_key", "recalibrate", "trace", "breakdown", "quick", "selfcheck",
+    "runs", "warmup", "rounds", "until", "requests", "seconds", "timeout", "seed", "prompt", "prompt_file",
+    "concurrency", "rate", "arrival", "ramp", "replay_file", "sweep", "find_slo", "slo", "formulas",
+    "prompt_tokens", "max_new_tokens",
 }  # fmt: skip
 MACHINE = ("CPU", "Cores", "Threads in use", "GPU", "Versions", "Commit")
 # Of what a server tells of itself: what changes from start to start, or follows from another value.

@@ -42,5 +42,8 @@ class Live:
             f"{drive.flying} in flight, {rate:.0f} pieces/s{first if self.first_s else ''}, {self.errors} errors"
         )
 
-    def close(self) -> None:
+    def close(self, line: str | None = None) -> None:
+        """line: what stays of it on the terminal."""
+        if line and not self.bar.disable:
+            self.bar.write(line, file=sys.stderr)
         self.bar.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 from lab import arrivals
 from lab.client import Body, Client
-from load import drive, measures, server
+from load import drive, measures, server, tables
 from load.drive import Ran
 from load.live import Live
 from load.plan import Cell
@@ -50,8 +50,9 @@ def run(target: Target, cell: Cell) -> Run:
     try:
         with server.Watched(target.url, target.headers) as seen:
             ran = driven(target, cell, live)
-    finally:
+    except BaseException:
         live.close()
+        raise
     requests = measures.measured(sorted(ran.traces, key=lambda one: one.due_s), ran.start_s, target.count)
     samples = [(moment - ran.start_s, flying) for moment, flying in ran.samples]
     window = measures.steady(requests, cell.clients)
@@ -65,6 +66,7 @@ def run(target: Target, cell: Cell) -> Run:
         "server": seen.used, "metrics": {"before": seen.before, "during": seen.during, "after": seen.after},
     }  # fmt: skip
     found["figures"]["mean_in_flight"] = found["laws"]["little"]["in_flight"]
+    live.close(tables.line(found))
     return found
 
 

@@ -1,5 +1,6 @@
 """What a server says of itself, and what its process uses, from outside: models, metrics, CPU time and memory."""
 
+import contextlib
 import json
 import math
 import threading
@@ -90,12 +91,13 @@ class Watched:
     """with Watched(url, headers) as seen: its metrics before, during and after, and what its process used.
 
     CPU time and memory are those of the process that listens at a local address, with its children; None elsewhere.
+    GPU memory is what NVML books on these processes; None where it books none.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str]) -> None:
         self.url, self.headers, self.process = url, headers, listener(url)
         self.during: list[dict[str, float]] = []
-        self.peak = 0
+        self.peak = self.gpu_peak = 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self.loop, name="watching the server", daemon=True)
 
@@ -109,17 +111,24 @@ class Watched:
         self.thread.join()
         self.after, after_s = metrics(self.url, self.headers), self.cpu_s()
         known = None not in (self.before_s, after_s)
-        self.used = {"cpu_s": after_s - self.before_s, "rss_peak_bytes": self.peak or None} if known else None
+        self.used = {"cpu_s": after_s - self.before_s, "rss_peak_bytes": self.peak or None,
+                     "gpu_peak_bytes": self.gpu_peak or None} if known else None  # fmt: skip
 
     def loop(self) -> None:
         while not self.stop.wait(EVERY_S):
             found = metrics(self.url, self.headers) if self.before else None
             if found:
                 self.during.append(found | {"at": time.perf_counter() - self.start_s})
-            self.peak = max(self.peak, sum(one.memory_info().rss for one in self.family()))
+            family = self.family()
+            with contextlib.suppress(psutil.Error):  # it may end while it is looked at
+                self.peak = max(self.peak, sum(one.memory_info().rss for one in family))
+            self.gpu_peak = max(self.gpu_peak, gpu_bytes({one.pid for one in family}))
 
     def cpu_s(self) -> float | None:
-        times = [one.cpu_times() for one in self.family()]
+        try:
+            times = [one.cpu_times() for one in self.family()]
+        except psutil.Error:
+            return None
         return sum(one.user + one.system for one in times) if times else None
 
     def family(self) -> list[psutil.Process]:
@@ -129,6 +138,22 @@ class Watched:
             return [one for one in (self.process, *self.process.children(recursive=True)) if one.is_running()]
         except psutil.Error:
             return []
+
+
+def gpu_bytes(pids: set[int]) -> int:
+    """Memory that these processes hold on all NVIDIA GPUs; 0 without a driver, and where it does not say whose."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            gpus = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            found = [one for gpu in gpus for one in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)]
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return 0
+    return sum(one.usedGpuMemory or 0 for one in found if one.pid in pids)
 
 
 def listener(url: str) -> psutil.Process | None:

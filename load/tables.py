@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from load import formulas
-from metrics import NONE, SAMPLE_FLOOR, ms, number, table
+from metrics import NONE, SAMPLE_FLOOR, mb, ms, number, table
 
 Run = dict[str, Any]
 MARK = "°"
@@ -74,20 +74,31 @@ def laws_table(runs: Sequence[Run]) -> str:
         ("load", "left"), ("in flight, counted", "right"), ("from the stamps", "right"), ("Little", "left"),
         ("tokens: pieces", "right"), ("usage", "right"), ("server", "right"), ("tokens", "left"),
         ("sent late p99 (ms)", "right"), ("rate asked", "right"), ("reached", "right"), ("client CPU", "right"),
-        ("server CPU", "right"),
+        ("server CPU", "right"), ("server RAM (MB)", "right"), ("server GPU (MB)", "right"),
     ]  # fmt: skip
     rows = []
     for run in runs:
         little, tokens, found, wall = run["laws"]["little"], run["laws"]["tokens"], run["figures"], run["client"]
-        server = run["server"] and run["server"]["cpu_s"] / wall["wall_s"]
+        used = run["server"] or {}
+        server = used["cpu_s"] / wall["wall_s"] if used else None
         rows.append((
             load_name(run["load"]), number(little["in_flight"], 2), number(little["throughput_x_latency"], 2),
             word(little["holds"]), number(tokens["pieces"], 0), number(tokens["usage"], 0), number(tokens["server"], 0),
             word(tokens["holds"]), stat(found["schedule_delay_s"], "p99").removesuffix(MARK),
             number(found["requested_rate"], 2), number(found["achieved_rate"], 2) if found["requested_rate"] else NONE,
             number(wall["cpu_s"] / wall["wall_s"], 0, 100, " %"), number(server, 0, 100, " %"),
+            mb(used.get("rss_peak_bytes"), 0), mb(used.get("gpu_peak_bytes"), 0),
         ))  # fmt: skip
     return "### What the runs say of themselves\n\n" + table(columns, rows)
+
+
+def line(run: Run) -> str:
+    """A run in one line, for whoever watches."""
+    found, errors = run["figures"], sum(run["figures"]["errors"].values())
+    return (
+        f"{load_name(run['load'])}, {shape_name(run['load'])}: {number(found['output_tokens_per_s'])} tokens/s, "
+        f"TTFT p50 {stat(found['ttft_s'], 'p50')}, E2E p50 {stat(found['e2e_s'], 'p50')} ms, {errors} errors"
+    )
 
 
 def others_table(runs: Sequence[Run], tool: str) -> str:

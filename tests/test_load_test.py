@@ -1,10 +1,20 @@
 """load_test.py as a user runs it, against golden servers: what it prints and records, also when they break."""
 
+import contextlib
+import http.server
 import json
+import os
+import re
+import shutil
 import signal
+import socketserver
+import ssl
 import subprocess
 import sys
+import termios
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -160,7 +170,7 @@ def test_without_the_servers_word_the_wait_grows():
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(url, options, says):
     done = asked(url, *options)
-    assert (done.returncode, done.stdout.count("###")) == (2, 0) or done.returncode == 2, done.stderr
+    assert done.returncode == 2 and "###" not in done.stdout, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
 
 
@@ -169,6 +179,65 @@ def test_nobody_there_is_one_sentence(address: str):
     done = asked(address)
     assert done.returncode == 2 and "No OpenAI-compatible server answers at" in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+def test_tls_without_a_server_that_speaks_it_is_one_sentence(url):
+    done = asked(url.replace("http://", "https://"))
+    assert done.returncode == 2 and "No OpenAI-compatible server answers at https://" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+def test_a_certificate_that_nobody_signed_is_one_sentence(tmp_path):
+    """And with a server that is there when it begins and whose certificate is wrong then, each request says so."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=elsewhere"]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *_: None  # its handshakes fail, as they should
+    with served_by(server) as port:
+        done = asked(f"https://127.0.0.1:{port}")
+        assert done.returncode == 2 and "certificate" in done.stderr.lower() and "Traceback" not in done.stderr
+        ran = drive.closed(Client(f"https://127.0.0.1:{port}/v1/completions"), [BODY] * 2, 1)
+    assert [trace.error.startswith("connect: ") and "certificate" in trace.error for trace in ran.traces] == [True] * 2
+
+
+@contextlib.contextmanager
+def served_by(server: socketserver.BaseServer) -> Iterator[int]:
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_terminal_shows_what_goes_on_and_keeps_a_line_of_every_run(url, tmp_path):
+    screen, behind = os.openpty()
+    termios.tcsetwinsize(behind, (24, 120))
+    options = ("--json", str(tmp_path / "x.jsonl"), "--concurrency", "2,3", "--requests", "60", "--prompt-tokens", "8")
+    process = subprocess.Popen(command(url, *options), stdout=subprocess.DEVNULL, stderr=behind)
+    os.close(behind)
+    seen = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while piece := os.read(screen, 4096):
+            seen += piece
+    os.close(screen)
+    assert process.wait(60) == 0
+    shown = seen.decode()
+    assert "in flight" in shown and "pieces/s" in shown and "first byte p50" in shown
+    for clients in (2, 3):
+        assert re.search(rf"closed, {clients} clients, 8 → 32: [\d,.]+ tokens/s, TTFT p50 [\d.]+.*, 0 errors", shown)
+
+
+def test_a_pipe_gets_the_tables_and_nothing_else(url, tmp_path):
+    done = asked(url, "--json", str(tmp_path / "x.jsonl"), "--concurrency", "2", "--requests", "12")
+    assert (done.returncode, done.stderr) == (0, "") and "in flight," in done.stdout
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from load_records import record, run
 
 import report
 from config import UserError
+from infer import InferConfig
 from lab import compare, load_runs
 from lab.compare import gates_of
 from lab.records import append_line
+from load_test import LoadConfig
 
 
 def rounds(ttfts: list[float], **more) -> list[dict]:
@@ -90,6 +93,12 @@ def test_where_the_record_went_and_how_long_the_server_ran_are_no_factors():
     other = record([run()], 2, about=about | {"uptime_s": 9.0, "kv_blocks": 8287})
     other["config"] = {"url": "http://127.0.0.1:8001", "seed": 0, "json": "x.jsonl"}
     assert compare.factors(record([run()], about=about), other) == []
+
+
+def test_what_is_no_factor_is_a_setting_of_the_scripts_whose_records_are_compared():
+    known = {f.name for kind in (LoadConfig, InferConfig) for f in fields(kind)}
+    assert known >= compare.NO_FACTOR
+    assert known - compare.NO_FACTOR >= {"endpoint", "shared_prefix", "turns", "eos", "retries", "threads", "dtype"}
 
 
 def test_failures_and_shorter_answers_are_factors_of_their_load():
