@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -106,7 +106,8 @@ class Drive:
             with self.told_by_ctrl_c():
                 await asyncio.gather(*(self.spawn(part()) for part in parts), return_exceptions=True)
             looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            with suppress(asyncio.CancelledError):  # but not what went wrong in it
+                await looking
             self.found.end_s, self.found.cpu_s = time.perf_counter(), time.process_time() - cpu_s
         self.see(self)
         return self.found

@@ -7,6 +7,7 @@ from collections import deque
 from load.drive import Drive
 from metrics import percentile
 
+BAR = "{desc}: {bar:10} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"  # short: the figures must have room
 LOOK_BACK_S = 2.0  # "now" is the mean of so much time
 
 
@@ -17,7 +18,7 @@ class Live:
         from tqdm import tqdm
 
         self.bar = tqdm(total=total, desc=label, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True,
-                        unit="req")  # fmt: skip
+                        bar_format=BAR)  # fmt: skip
         self.seen = 0
         self.first_s: list[float] = []
         self.pieces: deque[tuple[float, int]] = deque()
@@ -37,10 +38,9 @@ class Live:
         while self.pieces and self.pieces[0][0] < now_s - LOOK_BACK_S:
             self.pieces.popleft()
         rate = sum(count for _, count in self.pieces) / LOOK_BACK_S
-        first = f", first byte p50 {percentile(self.first_s, 50):.2f} p95 {percentile(self.first_s, 95):.2f} s"
-        self.bar.set_postfix_str(
-            f"{drive.flying} in flight, {rate:.0f} pieces/s{first if self.first_s else ''}, {self.errors} errors"
-        )
+        first = [f"{percentile(self.first_s, p):.2f}" for p in (50, 95) if self.first_s]
+        waited = f", first byte p50 {first[0]} p95 {first[1]} s" if first else ""
+        self.bar.set_postfix_str(f"{drive.flying} in flight, {rate:.0f} pieces/s{waited}, {self.errors} errors")
 
     def close(self, line: str | None = None) -> None:
         """line: what stays of it on the terminal."""

@@ -218,9 +218,10 @@ def served_by(server: socketserver.BaseServer) -> Iterator[int]:
 
 
 def test_a_terminal_shows_what_goes_on_and_keeps_a_line_of_every_run(url, tmp_path):
+    path = tmp_path / "x.jsonl"
     screen, behind = os.openpty()
     termios.tcsetwinsize(behind, (24, 120))
-    options = ("--json", str(tmp_path / "x.jsonl"), "--concurrency", "2,3", "--requests", "60", "--prompt-tokens", "8")
+    options = ("--json", str(path), "--concurrency", "2,3", "--requests", "60", "--prompt-tokens", "8")
     process = subprocess.Popen(command(url, *options), stdout=subprocess.DEVNULL, stderr=behind)
     os.close(behind)
     seen = b""
@@ -230,7 +231,9 @@ def test_a_terminal_shows_what_goes_on_and_keeps_a_line_of_every_run(url, tmp_pa
     os.close(screen)
     assert process.wait(60) == 0
     shown = seen.decode()
-    assert "in flight" in shown and "pieces/s" in shown and "first byte p50" in shown
+    assert "2 in flight, 0 pieces/s, 0 errors" in shown, "before the first answer too"
+    assert re.search(r"2 in flight, \d+ pieces/s, first byte p50 [\d.]+ p95 [\d.]+ s, 0 errors", shown), "and midway"
+    assert all(run["laws"]["little"]["holds"] for run in json.loads(path.read_text())["runs"]), "it has been counted"
     for clients in (2, 3):
         assert re.search(rf"closed, {clients} clients, 8 → 32: [\d,.]+ tokens/s, TTFT p50 [\d.]+.*, 0 errors", shown)
 
