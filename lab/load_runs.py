@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from config import UserError
@@ -100,6 +100,24 @@ def value(run: Run, figure: str) -> float | None:
         return run["figures"].get(RATES[figure]) or None
     name, _, statistic = figure.partition("_")
     return (run["figures"].get(f"{name}_s") or {}).get(statistic or "p50") or None
+
+
+def over_rounds(runs: Sequence[Run], figure: str) -> float | None:
+    """The value of the median round."""
+    found = [x for x in (value(run, figure) for run in runs) if x is not None]
+    return median(found) if found else None
+
+
+def level(run: Run) -> tuple[str, float] | None:
+    """On which axis a load stands, and where."""
+    load = run["load"]
+    if load.get("concurrency") is not None:
+        return "requests at once", load["concurrency"]
+    return ("requests/s", load["rate"]) if load.get("rate") is not None else None
+
+
+def shape(run: Run) -> str:
+    return f"{run['load'].get('prompt_tokens')} + {run['load'].get('new_tokens')} tokens"
 
 
 def more_is_better(figure: str) -> bool:

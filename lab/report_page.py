@@ -9,7 +9,7 @@ from statistics import median
 
 from config import UserError
 from lab import compare, load_runs, report_figures
-from lab.load_runs import Record, Run, cost_per_1k, load_words, rounds_by_load, value
+from lab.load_runs import Record, Run, cost_per_1k, level, load_words, over_rounds, rounds_by_load, shape
 from lab.report_render import Block
 from metrics import NONE, ms, number
 
@@ -44,25 +44,7 @@ def baseline_of(records: Sequence[Record], chosen: str = "") -> Record | None:
     return next((r for r in reversed(records[:-1]) if loads & rounds_by_load(r).keys()), None)
 
 
-# ---- figures over rounds
-
-
-def over_rounds(runs: Sequence[Run], figure: str) -> float | None:
-    """The median round's value."""
-    found = [x for x in (value(run, figure) for run in runs) if x is not None]
-    return median(found) if found else None
-
-
-def level(run: Run) -> tuple[str, float] | None:
-    """On which axis a load stands, and where."""
-    load = run["load"]
-    if load.get("concurrency") is not None:
-        return "requests at once", load["concurrency"]
-    return ("requests/s", load["rate"]) if load.get("rate") is not None else None
-
-
-def shape(run: Run) -> str:
-    return f"{run['load'].get('prompt_tokens')} + {run['load'].get('new_tokens')} tokens"
+# ---- the knee
 
 
 def knee_of(points: Sequence[tuple[float, float]]) -> int | None:

@@ -13,6 +13,8 @@ from experiments import step_anatomy
 from experiments.step_anatomy import decode_step, prompt_step, work
 from weights.tensors import from_net
 
+pytestmark = pytest.mark.slow
+
 PRODUCTS = ("q, k, v", "out", "up", "down", "head")
 
 

@@ -14,6 +14,8 @@ from lab import batch_figures as figures
 from lab import batch_plots, batch_tables, batch_words, console
 from lab.records import read_lines
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -348,7 +350,6 @@ def test_a_prompt_at_the_edge_of_the_context_is_measured(tiny, tmp_path):
     assert len(read_lines(tmp_path / "x.jsonl")[0]["trials"]) == 6
 
 
-@pytest.mark.slow
 def test_a_real_ctrl_c_ends_threads_and_leaves_a_record(tiny, tmp_path):
     child = subprocess.Popen(
         [sys.executable, "batch_experiment.py", *tiny, "--rounds", "500"], cwd=ROOT, stdout=subprocess.PIPE,

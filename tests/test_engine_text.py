@@ -79,6 +79,7 @@ def test_a_long_answer_is_not_decoded_anew_for_each_token():
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow  # to unpack the model, where no test before has done it
 def test_the_embedded_tokenizer_too(seed):
     from config import UserError
     from tokenizer import load_tokenizer

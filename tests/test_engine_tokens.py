@@ -18,6 +18,8 @@ from engine.settings import EngineConfig
 from model import Model, transformers_generate
 from weights.place import Place
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (1, 15, 16, 17, 31, 32, 33, 70)  # around the borders of blocks of 16
 NEW = 20
 
@@ -158,7 +160,6 @@ def test_budgets_that_cannot_work_are_refused(checkpoint_folder, wishes, says):
         load(EngineConfig(model=str(checkpoint_folder), **wishes))
 
 
-@pytest.mark.slow
 def test_the_embedded_model_answers_as_transformers_does():
     """As it comes: weights in 4 and 8 bits, since this checkpoint's numbers are no finer; arithmetic in float32."""
     from model import load_pair

@@ -7,6 +7,8 @@ import pytest
 
 from lab.fits import LAWS, Law, exponent, fitted, growth, line
 
+pytestmark = pytest.mark.slow
+
 TRUTHS = {
     "constant": lambda _: 50.0,
     "linear": lambda x: 20 + 0.3 * x,

@@ -12,6 +12,8 @@ from engine.shape import shape_of
 from engine.step import Part, Step
 from weights.tensors import from_net
 
+pytestmark = pytest.mark.slow
+
 SET = 32
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 17 / 16, "int4": 10 / 16}
 

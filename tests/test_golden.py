@@ -27,6 +27,8 @@ from load.connection import CHAT, COMPLETIONS
 from load.golden import Golden, GoldenConfig, serve, started, words
 from load.script import NULL, Fault, Script
 
+pytestmark = pytest.mark.slow
+
 QUICK = Script(first_s=0.02, gap_s=0.005)
 SLACK_S = 0.3  # how late a busy machine may make anything: ten times what it should
 PATIENCE_S = 20.0

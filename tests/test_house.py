@@ -64,6 +64,7 @@ def test_imports_flow_one_way(name: str):
             assert ROWS[other_room] < ROWS[room], f"{name} may not import {other}"
 
 
+@pytest.mark.slow
 def test_modules_of_a_room_do_not_import_each_other_in_a_circle():
     graph = {name: {o for o in imports_of(path) if o in modules()} for name, path in modules().items()}
 
@@ -83,6 +84,7 @@ def test_the_root_holds_only_its_twelve_files_and_none_hides_the_standard_librar
     assert not {p.parent.name for p in ROOT.glob("*/__init__.py")} & sys.stdlib_module_names
 
 
+@pytest.mark.slow
 def test_importing_prints_nothing_and_halves_without_torch_load_none():
     """One process per half: what one module loads, another one sees."""
     light = (

@@ -28,6 +28,8 @@ from weights import find as finder
 from weights import hub
 from weights.find import Checkpoint, find
 
+pytestmark = pytest.mark.slow
+
 REPO = "stand-in/tiny"
 PATIENCE_S = 1.0  # in place of ANSWER_WITHIN_S where a test waits it out; enough for loopback on a busy machine
 FAR_TOO_LONG_S = 4.0  # for what takes PATIENCE_S or less; wide, because test machines are busy

@@ -21,6 +21,8 @@ from lab.records import read_lines
 from model import decode_step, ids_tensor, kv_cache_bytes, prefill, recompute, static_cache, transformers_generate
 from weights.random_init import SHAPES
 
+pytestmark = pytest.mark.slow
+
 
 def prompt_of(length: int) -> list[int]:
     return torch.randint(1, 96, (length,), generator=torch.Generator().manual_seed(length)).tolist()

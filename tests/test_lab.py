@@ -15,6 +15,8 @@ from lab.fits import line
 from lab.sampler import Sampler, Usage, process_age_s
 from model import decode_step, ids_tensor, prefill
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

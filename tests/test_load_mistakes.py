@@ -5,6 +5,8 @@ import pytest
 from experiments import load_mistakes, mistakes
 from lab.records import read_lines
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("mistake", ["coordinated-omission", "chunks", "role-chunk", "warm-cache", "opening-wave"])
 def test_load_mistakes_are_made_and_told(checkpoint_folder, tmp_path, capsys, mistake, monkeypatch):

@@ -27,7 +27,7 @@ def sentencepiece(folder):
     return folder
 
 
-@pytest.fixture(scope="module", params=["embedded", "bytes", "sentencepiece"])
+@pytest.fixture(scope="module", params=[pytest.param("embedded", marks=pytest.mark.slow), "bytes", "sentencepiece"])
 def folder(request, checkpoint_folder, tmp_path_factory):
     if request.param == "bytes":
         return checkpoint_folder

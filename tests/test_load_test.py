@@ -23,6 +23,8 @@ from lab.client import Client, Trace
 from load import drive, golden
 from load.script import Script
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = Script(first_s=0.02, gap_s=0.002)
 

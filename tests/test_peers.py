@@ -12,6 +12,8 @@ from benchmarks import engine_peers
 from benchmarks.engine_peers import Peer, compared
 from config import ROOT, PromptConfig, UserError
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import sys
 sys.path.insert(0, {folder!r})

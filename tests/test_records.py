@@ -17,6 +17,8 @@ from config import Config, UserError
 from lab import records
 from lab.records import append_line, append_note, check_writable, note_text, read_lines, save
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -58,7 +60,6 @@ def write_for_ever(path: Path) -> None:
         append_note(path.with_name("notes.md"), f"## Experiment: {number}\n" + "x" * 5_000 + "\nend")
 
 
-@pytest.mark.slow
 def test_a_kill_at_any_moment_loses_at_most_the_record_being_written(tmp_path):
     """SIGKILL at random moments: every line but torn ones parses, every record in notes.md is whole."""
     path, rng = tmp_path / "x.jsonl", random.Random(0)
@@ -85,7 +86,6 @@ def append_many(path: Path, first: int) -> None:
         append_note(path.with_name("notes.md"), f"## Experiment: {number}")
 
 
-@pytest.mark.slow
 def test_processes_that_write_at_once_mix_no_lines_and_lose_no_notes(tmp_path):
     context = multiprocessing.get_context("fork")
     (tmp_path / "notes.md").write_text("# Notes\n")

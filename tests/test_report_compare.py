@@ -79,7 +79,7 @@ def test_one_factor_is_named_and_two_refuse_the_verdict():
     [
         ({"prompt_set_hash": "bb22"}, "prompt set (aa11 → bb22)"),
         ({"card": {**record([])["card"], "CPU": "another"}}, "CPU (a processor → another)"),
-        ({"config": {"seed": 1}}, "seed (0 → 1)"),
+        ({"config": {"seed": 1, "retries": 2}}, "retries (none → 2)"),
         ({"server": record([], about={"hash": "ffff00001111", "settings": {"max_running": 16}})["server"]},
          "model hash (0123456789ab → ffff00001111)"),
     ],

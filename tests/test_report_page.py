@@ -14,6 +14,8 @@ from config import UserError
 from lab import load_runs, report_page
 from lab.records import append_line
 
+pytestmark = pytest.mark.slow
+
 EVIL = '<script>alert("x")</script>|$_{'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -23,6 +23,8 @@ from experiments import mistakes
 from lab import console
 from lab.records import read_lines
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

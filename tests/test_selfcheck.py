@@ -11,6 +11,8 @@ from load.connection import Served
 from load.script import Script
 from load.selfcheck import Case, Row, check, checks_table, scripted, sentence, truth
 
+pytestmark = pytest.mark.slow
+
 CASE = Case("small", Script(first_s=0.02, gap_s=0.005, per_chunk=2), requests=4, new_tokens=8)
 CLOSED = partial(closed_loop, clients=2)
 

@@ -13,6 +13,8 @@ from service.errors import ApiError
 from service.life import Life
 from service.schemas import ChatRequest, validated
 
+pytestmark = pytest.mark.slow
+
 CHAT = "/v1/chat/completions"
 NEIGHBOUR = {"text": "the neighbour", "max_tokens": 40}
 LONG = "x" * 400  # a prompt for which a step of 64 tokens is too short

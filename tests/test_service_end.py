@@ -10,6 +10,8 @@ import pytest
 from process_kit import Process, longer, pasted, until
 from service_kit import chat_body, read_all, read_until
 
+pytestmark = pytest.mark.slow
+
 CHAT = "/v1/chat/completions"
 NEW = 1200  # tokens that take seconds
 STREAM = {"max_tokens": NEW, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}

@@ -10,6 +10,8 @@ from step_kit import figure, number_of, one_step, running, settled, text_of
 
 from engine.request import BadLogits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def here(checkpoint_folder):

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from service_kit import served
 
+pytestmark = pytest.mark.slow
+
 # Left out: that whatever fits the description is accepted. Rules between fields (top_logprobs needs logprobs, a prompt
 # and its answer fit the context) and between strings and the tokenizer cannot be said in it.
 LEFT_OUT = "positive_data_acceptance"
 
 
-@pytest.mark.slow
 def test_500_requests_for_every_operation_and_not_one_server_error(checkpoint_folder, tmp_path: Path):
     program = Path(sys.executable).with_name("schemathesis")
     with served(checkpoint_folder, max_new_tokens=16, api_key="k") as here:

@@ -15,6 +15,8 @@ from filelock import FileLock
 from service_kit import Served, served
 from step_kit import settled
 
+pytestmark = pytest.mark.slow
+
 OLD = "2.54.0"  # the last of its kind
 OLD_HOME = ROOT / ".venv-openai2"
 HELLO: Any = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 6, "temperature": 0}
@@ -235,7 +237,6 @@ def old_python() -> Path:
     return python
 
 
-@pytest.mark.slow
 def test_b67_version_2_of_the_client_understands_it_too(here, old_python):
     program = [str(old_python), str(Path(__file__).with_name("openai_old.py")), f"http://127.0.0.1:{here.port}"]
     ran = subprocess.run(program, capture_output=True, text=True, timeout=60)

@@ -7,6 +7,8 @@ from statistics import quantiles
 import pytest
 from service_kit import Later, chat_body, raw_request, read_until, served
 
+pytestmark = pytest.mark.slow
+
 CHAT = "/v1/chat/completions"
 DETAILS = {"limit_hit", "requests", "queue_depth", "queued_tokens", "drain_rate_tok_s", "retry_after_s"}
 SLACK = 10  # times what the matrix allows: tests share their cores

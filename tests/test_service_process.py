@@ -11,6 +11,8 @@ import pytest
 from process_kit import Process, joined, longer, pasted, raw_events, started, until, whole
 from service_kit import Reply, chat_body, read_all, read_until
 
+pytestmark = pytest.mark.slow
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CONTEXT = 100_000
 SECRET = "sk-nobody-may-see-this"

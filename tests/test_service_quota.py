@@ -7,6 +7,8 @@ import json
 import pytest
 from service_kit import NAME, PROBES, chat_body, raw_request, read_all, read_until, served
 
+pytestmark = pytest.mark.slow
+
 CHAT = "/v1/chat/completions"
 KEY, OTHER = "sk-a-secret-that-nobody-may-see", "sk-another-secret"
 HASH = hashlib.sha256(KEY.encode()).hexdigest()

@@ -16,6 +16,8 @@ from engine.scheduler import Scheduler
 from engine.settings import EngineConfig
 from service.prompts import Prompts
 
+pytestmark = pytest.mark.slow
+
 MARKED = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<end>{% endfor %}[assistant] "
 BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

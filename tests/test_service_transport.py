@@ -9,6 +9,8 @@ import time
 import pytest
 from service_kit import chat_body, raw_request, read_all, read_until, served
 
+pytestmark = pytest.mark.slow
+
 CHAT = "/v1/chat/completions"
 
 

@@ -12,6 +12,8 @@ from step_kit import figure, one_step, running, settled
 
 from service.observe import LIVES_KEPT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def here(checkpoint_folder):

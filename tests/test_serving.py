@@ -24,6 +24,8 @@ from lab.serving_figures import (
     waste,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def parts(checkpoint_folder):

@@ -15,6 +15,8 @@ from lab.batch_window import break_even
 from lab.prompts import exact, lengths, questions
 from lab.simulation import Cost, simulate
 
+pytestmark = pytest.mark.slow
+
 
 def kind(size: int, window_s: float):
     return lambda generate, clock: DynamicBatcher(

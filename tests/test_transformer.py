@@ -13,6 +13,8 @@ from engine.step import Part, Step
 from engine.transformer import Transformer
 from weights.tensors import from_net, from_safetensors
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 96,
@@ -201,7 +203,6 @@ def test_a_folder_gives_the_same_logits_as_the_network_in_memory(checkpoint_fold
     close(network.forward(Step(prompt, [Part(0, 20, 20, [0, 1])], [19])), expected(net, prompt)[-1:])
 
 
-@pytest.mark.slow
 def test_nobody_waits_for_the_compiler(monkeypatch, tmp_path):
     """The first start compiles beside its work, in a process of its own; the next one finds the library."""
     needs_compiler()

@@ -15,6 +15,8 @@ from weights import find as find_module
 from weights import gguf_cache, random_init
 from weights.find import content_hash, find
 
+pytestmark = pytest.mark.slow
+
 
 def loaded(name: str, seed: int = 0):
     config = Config(device="cpu", seed=seed)
@@ -204,7 +206,6 @@ def convert_and_count(path: Path, marks: Path) -> None:
     assert gguf_cache.is_whole(gguf_cache.converted(path))
 
 
-@pytest.mark.slow
 def test_two_processes_that_start_together_convert_once(gguf_file, _fresh_cache, tmp_path):
     path, _ = gguf_file
     marks = tmp_path / "marks"
@@ -266,7 +267,6 @@ def test_without_the_embedded_package_its_name_says_how_to_install_it(monkeypatc
         find(None)  # neither cache, nor hub, nor embedded: the way on names the third kind
 
 
-@pytest.mark.slow
 def test_the_embedded_model_answers_and_its_tokens_equal_generates():
     model = loaded("smollm2")
     assert (model.parameters, model.heads) == (134_515_008, (30, 9, 3, 64))
