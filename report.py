@@ -4,6 +4,7 @@ python3 report.py                     # the newest load record as results/report
 python3 report.py compare A B         # two load records: FASTER, SLOWER, WITHIN NOISE or NO VERDICT, B against A
 python3 report.py compare A B --gate throughput:-3%,ttft_p95:+5%
                                       # exit status 0: the gate holds, 1: worse than it, 3: no verdict, 2: misuse
+python3 report.py compare A B --note "What was changed, and why."      # into notes.md, with a figure
 python3 report.py claims              # every quoted figure of the documents against its record; 1: some do not hold
 python3 report.py checklist           # the wall: what is done, its evidence, what is missing
 python3 report.py checklist --write   # and tick the rows of notes.md that records prove
@@ -11,7 +12,7 @@ python3 report.py checklist --write   # and tick the rows of notes.md that recor
 A and B are ids of records, the beginnings of ids, or .jsonl files (their last record counts).
 """
 
-from config import ROOT, Settings, UserError, check_packages, knob
+from config import ROOT, Recorded, Settings, UserError, check_packages, knob
 
 if __name__ == "__main__":
     check_packages()
@@ -21,7 +22,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import checklist, claims, compare, console, load_runs, report_page, report_render
+from lab import checklist, claims, compare, compare_figure, console, load_runs, records, report_page, report_render
 from lab.records import rewrite
 from metrics import table
 
@@ -37,6 +38,9 @@ class ReportConfig(Settings):
     gate: str = knob("", "compare: figure:change, such as throughput:-3%, with commas between several")
     baseline: str = knob("", "page: the id of the record to compare the newest with")
     machine_price: float = knob(0.0, "page: price of the machine per hour; 0 = no costs", least=0)
+    note: str | None = knob(
+        None, "compare: append it to notes.md with a figure; TEXT goes under Observations", optional_text=True
+    )
     out: str = knob("", "page: the folder to write to (default: results/ beside the notes)", metavar="DIR")
     write: bool = knob(False, "checklist: set the boxes of notes.md's checklists; nothing else in it changes")
     notes_file: str = knob(str(ROOT / "notes.md"), "the notes to read; results/ is looked for beside them")
@@ -46,8 +50,8 @@ class ReportConfig(Settings):
         super().__post_init__()
         if self.report == "compare" and not (self.a and self.b):
             raise UserError("compare takes two records: python3 report.py compare A B, each an id or a file.")
-        if self.report != "compare" and (self.a or self.gate):
-            stray = self.a or "--gate"
+        if self.report != "compare" and (self.a or self.gate or self.note is not None):
+            stray = self.a or ("--gate" if self.gate else "--note")
             raise UserError(f"{stray!r} belongs to compare: python3 report.py compare A B --gate throughput:-3%.")
         if not math.isfinite(self.machine_price):
             raise UserError("--machine-price must be a number, the price of an hour.")
@@ -107,7 +111,31 @@ def compare_two(config: ReportConfig) -> int:
     a, b = (load_runs.find(name, config.results) for name in (config.a, config.b))
     found = compare.compare(a, b, gates)
     print(json.dumps(found.as_json(), ensure_ascii=False, indent=1) if config.json else found.text())
+    if config.note is not None:
+        keep(config, a, b, found)
     return found.status
+
+
+def keep(config: ReportConfig, a: load_runs.Record, b: load_runs.Record, found: compare.Comparison) -> None:
+    """A record of its own, so that what is quoted of the comparison can be checked against it."""
+    wishes = Recorded(
+        json=str(config.results / "report.jsonl"), note=config.note or "None.", notes_file=config.notes_file
+    )
+    records.check_writable(wishes, "report")
+    record = records.new_record("report", "baseline-against-optimised", wishes, b["card"])
+    names = ("model", "prompt", "prompt_tokens", "batch_policy", "kv_cache", "gpu_utilisation")
+    record |= {"kind": "comparison", "of": [a["id"], b["id"]]} | {name: b.get(name, "?") for name in names}
+    record["config"]["max_new_tokens"] = b["config"].get("max_new_tokens", "?")
+    record |= {"comparison": found.as_json(), "verdicts": found.sentences(), "printed": found.text()}
+    figure = compare_figure.save(a, b, record["id"], config.results / "figures")
+    cited = records.cited_path(wishes)
+    known = {one["id"] for one in records.read_lines(cited)}
+    for one in (a, b):  # what it rests on is committed beside it
+        if one["id"] not in known:
+            records.append_line(cited, one)
+    if failure := records.save(wishes, record, "\n\n".join(filter(None, [found.text(), figure]))):
+        raise failure
+    print(f"\nRecord [{record['id']}] in {config.notes_file}.")
 
 
 def check_claims(config: ReportConfig) -> int:

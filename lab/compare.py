@@ -26,7 +26,7 @@ from lab.load_runs import (
     value,
 )
 from lab.verdict import FEW_CONFIDENCE, FEWEST_ROUNDS, Verdict, t_half_width, verdict
-from metrics import number, table
+from metrics import NONE, number, table
 
 TIMES = ("ttft", "tpot", "itl", "e2e")  # less is better
 STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
@@ -133,11 +133,18 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         rate = more_is_better(self.figure)
         shown = [number(x, 2 if rate else 1, 1.0 if rate else 1e3) for x in (self.a, self.b)]
-        interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
-        ratio = number(self.ratio, 3) if self.ratio is None else f"×{self.ratio:.3f}{interval}"
         why = f": {self.verdict.reason}" if self.verdict.reason else ""
         name = f"{self.figure}, {'per s' if rate else 'ms'}"
-        return self.load, name, *shown, ratio, f"{self.verdict.word} (n={self.verdict.rounds}){why}", self.gate
+        return self.load, name, *shown, self.change, f"{self.verdict.word} (n={self.verdict.rounds}){why}", self.gate
+
+    @property
+    def change(self) -> str:
+        if self.ratio is None:
+            return NONE
+        return f"×{self.ratio:.3f}" + ("" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]")
+
+    def said(self) -> str:
+        return f"B is {self.verdict.word} in {self.figure}, {self.change} (n={self.verdict.rounds})"
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,10 @@ class Comparison:
         differs = "; ".join(self.factors) or "nothing that the records know of"
         head = f"A = [{self.a}], B = [{self.b}]. What differs: {differs}."
         return "\n\n".join([head, table(columns, [row.cells() for row in self.rows]), *self.notes])
+
+    def sentences(self) -> list[str]:
+        """One for every figure under every load."""
+        return [f"{row.load}: {row.said()}." for row in self.rows]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"status": self.status}

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from config import UserError
-from lab import compare, load_runs, report_figures
+from lab import compare, compare_figure, load_runs, report_figures
 from lab.load_runs import Record, Run, cost_per_1k, level, load_words, over_rounds, rounds_by_load, shape
 from lab.report_render import Block
 from metrics import NONE, ms, number
@@ -183,9 +183,13 @@ def comparison_part(record: Record, baseline: Record | None) -> list[Block]:
         return [heading, Block("text", str(error))]
     differs = "; ".join(found.factors) or "nothing that the records know of"
     rows = [list(row.cells()[:-1]) for row in found.rows]
+    axis = compare_figure.axis_of(baseline, record)
+    drawing = report_figures.svg(compare_figure.drawn(baseline, record, axis), "compared") if axis else None
+    caption = f"Dashed: A [{found.a}]. Drawn through: B [{found.b}]. Each point is the median of its rounds."
     return [
         heading,
         Block("text", f"A = [{found.a}], the baseline; B = [{found.b}]. What differs: {differs}."),
+        *([Block("figure", (drawing, caption))] if drawing else []),
         Block("table", (["load", "figure", "A", "B", "B / A", "B is"], rows)),
         *(Block("text", note) for note in found.notes),
     ]

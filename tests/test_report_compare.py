@@ -13,7 +13,7 @@ from config import UserError
 from infer import InferConfig
 from lab import compare, load_runs
 from lab.compare import gates_of
-from lab.records import append_line
+from lab.records import append_line, read_lines
 from load_test import LoadConfig
 
 
@@ -188,10 +188,32 @@ def test_the_command_takes_ids_their_beginnings_and_files(tmp_path: Path, capsys
     assert report.main(back) == 1
 
 
+def test_a_comparison_in_the_notes_has_a_figure_and_a_record_that_its_numbers_are_checked_against(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    a = [run(n, ttft=x) for x in STEADY for n in (1, 4)]
+    b = [run(n, ttft=x / 2) for x in STEADY for n in (1, 4)]
+    notes = saved(tmp_path, record(a, model={"name": "m", "dtype": "f", "device": "cpu", "origin": "o", "hash": "h"}))
+    append_line(tmp_path / "results" / "load_test.jsonl", record(b, 2, model={
+        "name": "m", "dtype": "f", "device": "cpu", "origin": "o", "hash": "h"}))  # fmt: skip
+    asked = ["compare", "load_test-261122-000001", "load_test-261122-000002", "--notes-file", str(notes)]
+    assert report.main([*asked, "--note", "Half the time."]) == 0
+    *rests_on, kept = read_lines(tmp_path / "results" / "cited.jsonl")
+    assert [one["id"] for one in rests_on] == kept["of"] == asked[1:3]
+    assert f"Record [{kept['id']}]" in capsys.readouterr().out
+    text = notes.read_text()
+    assert "4 at once · 128 + 32 tokens: B is FASTER in ttft, ×0.500 [0.500, 0.500] (n=6)." in text
+    assert "Half the time." in text and (tmp_path / "results" / "figures" / f"{kept['id']}-compared.png").is_file()
+    assert report.main(["claims", "--notes-file", str(notes)]) == 0
+    notes.write_text(text.replace("×0.500 [0.500, 0.500] (n=6).", "×0.400 [0.500, 0.500] (n=6)."))
+    assert report.main(["claims", "--notes-file", str(notes)]) == 1, "and a number that was touched is found"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["compare"], "takes two records"),
+        (["claims", "--note"], "belongs to compare"),
         (["compare", "load_test-261122-000001"], "takes two records"),
         (["claims", "x"], "belongs to compare"),
         (["compare", "nothing", "load_test-261122-000001"], "No record in .* begins with 'nothing'"),
