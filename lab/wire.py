@@ -66,7 +66,9 @@ async def connected(place: Place) -> "Wire":
 
 
 class Wire(asyncio.Protocol):
-    """One request after the other. lost: it is closed, from whichever side."""
+    """One request after the other. lost: it is closed, from whichever side. pieces: so many came on all of them."""
+
+    pieces = 0
 
     def __init__(self) -> None:
         self.lost = False
@@ -127,6 +129,7 @@ class Wire(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self.answer.pieces.append((self.now_s, body))
+        Wire.pieces += 1
 
     def on_message_complete(self) -> None:
         if 100 <= self.answer.status < 200:  # an answer before the answer

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import deque
 
+from lab.wire import Wire
 from load.drive import Drive
 from metrics import percentile
 
@@ -21,7 +22,7 @@ class Live:
                         bar_format=BAR)  # fmt: skip
         self.seen = 0
         self.first_s: list[float] = []
-        self.pieces: deque[tuple[float, int]] = deque()
+        self.looks: deque[tuple[float, int]] = deque([(time.perf_counter(), Wire.pieces)])  # when, how many by then
         self.errors = 0
 
     def __call__(self, drive: Drive) -> None:
@@ -29,15 +30,16 @@ class Live:
             return
         now_s, traces = time.perf_counter(), drive.found.traces
         for trace in traces[self.seen :]:
-            self.pieces.append((trace.end_s, len(trace.pieces)))
             self.errors += trace.status != 200 or trace.error is not None
             if trace.pieces:
                 self.first_s.append(trace.pieces[0][0] - trace.due_s)
         self.bar.update(len(traces) - self.seen)
         self.seen = len(traces)
-        while self.pieces and self.pieces[0][0] < now_s - LOOK_BACK_S:
-            self.pieces.popleft()
-        rate = sum(count for _, count in self.pieces) / LOOK_BACK_S
+        self.looks.append((now_s, Wire.pieces))
+        while len(self.looks) > 2 and self.looks[0][0] < now_s - LOOK_BACK_S:
+            self.looks.popleft()
+        (then_s, before), (last_s, after) = self.looks[0], self.looks[-1]
+        rate = (after - before) / (last_s - then_s) if last_s > then_s else 0.0
         first = [f"{percentile(self.first_s, p):.2f}" for p in (50, 95) if self.first_s]
         waited = f", first byte p50 {first[0]} p95 {first[1]} s" if first else ""
         self.bar.set_postfix_str(f"{drive.flying} in flight, {rate:.0f} pieces/s{waited}, {self.errors} errors")
