@@ -258,7 +258,7 @@ def limits_of(text: str | None) -> dict[str, float] | None:
 
 def described(config: LoadConfig, model: str, about: dict[str, Any]) -> dict[str, Any]:
     """What notes.md has a line for."""
-    known = about.get("model") or {}
+    known = about["about"].get("model") or {}
     return {
         "model": {"name": model, "dtype": known.get("weights", "?"), "device": known.get("device", "?"),
                   "origin": about["kind"], "hash": known.get("hash", "?")},

@@ -133,7 +133,7 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         rate = more_is_better(self.figure)
         shown = [number(x, 2 if rate else 1, 1.0 if rate else 1e3) for x in (self.a, self.b)]
-        why = f": {self.verdict.reason}" if self.verdict.reason else ""
+        why = f": {self.verdict.reason.partition(': ')[0]}" if self.verdict.reason else ""  # the factors stand above
         name = f"{self.figure}, {'per s' if rate else 'ms'}"
         return self.load, name, *shown, self.change, f"{self.verdict.word} (n={self.verdict.rounds}){why}", self.gate
 

@@ -61,14 +61,14 @@ def models(url: str, headers: Mapping[str, str]) -> list[str]:
 
 
 def about(url: str, headers: Mapping[str, str]) -> dict[str, Any]:
-    """kind, and where it tells, its settings and its model. Of other servers only that they are others."""
+    """kind, and where it tells, about: its model and its settings, and what it can do. Of others only that they are."""
     raw = get(url, "/capacity", headers)
     try:
         capacity = json.loads(raw or b"")
-        return {"kind": "llm-infer-baseline", "model": capacity.pop("model"), "capacity": capacity,
-                "settings": json.loads(get(url, "/config", headers) or b"{}")}  # fmt: skip
-    except (ValueError, KeyError, TypeError):
-        return {"kind": "another server"}
+        told = {"model": capacity.pop("model"), "settings": json.loads(get(url, "/config", headers) or b"{}")}
+        return {"kind": "llm-infer-baseline", "about": told, "capacity": capacity}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {"kind": "another server", "about": {}}
 
 
 def metrics(url: str, headers: Mapping[str, str]) -> dict[str, float] | None:

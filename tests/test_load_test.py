@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from lab import compare
 from lab.client import Client, Trace
 from load import drive, golden
 from load.script import Script
@@ -243,6 +244,24 @@ def test_a_terminal_shows_what_goes_on_and_keeps_a_line_of_every_run(url, tmp_pa
 def test_a_pipe_gets_the_tables_and_nothing_else(url, tmp_path):
     done = asked(url, "--json", str(tmp_path / "x.jsonl"), "--concurrency", "2", "--requests", "12")
     assert (done.returncode, done.stderr) == (0, "") and "in flight," in done.stdout
+
+
+def test_a_service_that_it_starts_itself_and_what_differs_from_another_one(tmp_path):
+    """--start, and that two starts of this kit's service differ in the settings that were changed, in nothing else."""
+    records = []
+    for slots in ("2", "4"):
+        path = tmp_path / f"{slots}.jsonl"
+        options = ["--start", "--model", "smollm2", "--concurrency", "2", "--requests", "3", "--prompt-tokens", "8"]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "load_test.py"), *options, "--max-new-tokens", "2", "--json", str(path)],
+            capture_output=True, text=True, timeout=300,
+            env=os.environ | {"LLM_INFER_MAX_RUNNING": slots, "LLM_INFER_NATIVE": "off"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads(path.read_text()))
+    assert records[0]["server"]["kind"] == "llm-infer-baseline" and records[0]["server"]["capacity"]["slots"] == 2
+    assert records[0]["model"]["hash"] == records[1]["model"]["hash"] != "?"
+    assert compare.factors(*records) == ["max_running (2 → 4)"]
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
