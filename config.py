@@ -40,7 +40,7 @@ def knob(default: Any, help: str, **metadata: Any) -> Any:
     Metadata: quick = its value under --quick; env = the environment variable that sets it; choices = the allowed
     words; least, most = the allowed numbers; flags = {flag: value} for words that are flags of their own;
     positional = it stands without a flag, and optional may be left out; flag = another flag than its name's;
-    optional_text = the flag may stand without a value.
+    optional_text = the flag may stand without a value; secret = no record and no page may show it.
     """
     return field(default=default, metadata={"help": help, **metadata})
 

@@ -18,15 +18,19 @@ if __name__ == "__main__":
     check_packages("httptools", "orjson", "prometheus_client", target="serve", requirements="requirements-serve.txt")
 
 import contextlib
+import json
 import math
 import os
+import resource
 import select
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from lab import arrivals, console, records
@@ -38,8 +42,11 @@ from load.plan import Cell
 from load.prompts import Prompts, SharedPrefix
 
 START_S = 600.0  # a model may have to be converted first
-MOST_STEPS = 6  # halvings of a search
+CONCURRENCY, QUICK_CONCURRENCY = "1,4,16", "1,4"
+MOST_STEPS = 6  # halvings of a search, and doublings before them
 MOST_ROUNDS = 30  # of --until
+MOST_REQUESTS = 1_000_000  # of one run: all their stamps are kept
+WAVES = 4  # a sweep sends so many requests for every client, at the least
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,9 @@ class LoadConfig(Recorded):
     url: str = knob("http://127.0.0.1:8000", "the server, without /v1")
     start: bool = knob(False, "start `serve.py` for this run, on a free port, and stop it afterwards")
     model: str | None = knob(None, "the model's name at the server, by default its first; with --start, what it serves")
-    api_key: str | None = knob(None, "sent as Authorization: Bearer KEY", env="LLM_INFER_API_KEY")
+    api_key: str | None = knob(None, "sent as Authorization: Bearer KEY", env="LLM_INFER_API_KEY", secret=True)
     endpoint: str = knob("completions", "which of OpenAI's endpoints is asked", choices=("completions", "chat"))
-    concurrency: str = knob("1,4,16", "closed loops: clients at once", metavar="N,N", quick="1,4")
+    concurrency: str = knob(CONCURRENCY, "closed loops: clients at once", metavar="N,N", quick=QUICK_CONCURRENCY)
     rate: str | None = knob(None, "open loops instead: requests per second", metavar="X,X")
     arrival: str = knob("poisson", "of an open loop: poisson, constant, burst, or gamma:CV")
     ramp: str | None = knob(None, "an open loop whose rate rises: from 1 to 8/s in 60 s is 1:8:60", metavar="X:X:S")
@@ -88,10 +95,24 @@ class LoadConfig(Recorded):
         ways = {"--rate": self.rate, "--ramp": self.ramp, "--replay-file": self.replay_file, "--sweep": self.sweep,
                 "--find-slo": self.find_slo}  # fmt: skip
         chosen = [name for name, value in ways.items() if value]
+        if (
+            chosen
+            and chosen[0] in ("--rate", "--ramp", "--replay-file")
+            and self.concurrency not in (CONCURRENCY, QUICK_CONCURRENCY)
+        ):
+            chosen.insert(0, "--concurrency")
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are different loads: give one of them.")
         if self.turns > 1 and chosen and chosen != ["--sweep"]:
             raise UserError(f"A conversation waits for its answers, and {chosen[0]} does not: give one of them.")
+        if self.sweep or self.find_slo:
+            several = {"--prompt-tokens": self.prompt_tokens, "--max-new-tokens": self.max_new_tokens}
+            many = [name for name, value in several.items() if "," in value]
+            many += [name for name, value in (("--rounds", self.rounds > 1), ("--until", self.until)) if value]
+            if many:
+                raise UserError(f"{chosen[0]} looks at one kind of request, once: give {many[0]} one value.")
+        if self.arrival == "burst" and self.seconds:
+            raise UserError("A burst sends all at once, and never ends by the clock: give --requests, not --seconds.")
         if self.turns > 1 and self.shared_prefix:
             raise UserError("--turns and --shared-prefix are different ways to repeat a prefix: give one of them.")
         if self.prompts_file and self.tokenizer:
@@ -104,16 +125,16 @@ def main(argv: list[str] | None = None) -> int:
         return self_check()
     records.check_writable(config, "load_test")
     cells = cells_of(config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, it keeps what it has, as after Ctrl-C
+    with contextlib.suppress(ValueError, OSError):  # every request in flight is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with served(config) as url:
         return measured(config, url, cells)
 
 
 def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    names = server.models(url, headers)
-    model = config.model if config.model and not config.start else names[0]
-    if model not in names:
-        raise UserError(f"{url} has no model {model!r}, only {', '.join(names)}: name one of them with --model.")
+    model = model_of(config, server.models(url, headers))
     about = server.about(url, headers)
     prompts = Prompts(
         config.endpoint, model, config.seed, tokenizer=config.tokenizer, file=config.prompts_file, eos=config.eos
@@ -129,9 +150,11 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
     record = records.new_record("load_test", f"load-on-{model}", config, card)
     record |= {"kind": "load", "server": {"url": url, "model": model} | about, "runs": [],
                "prompt_set_hash": prompts.hash} | described(config, model, about)  # fmt: skip
+    kept = beside(records.results_path(config, "load_test"), record["id"])
     try:
         for run in runs_of(config, target, cells):
             record["runs"].append(run)
+            keep_so_far(kept, record)
             if run["ended"] == "interrupted":
                 record["partial"] = True
                 break
@@ -139,6 +162,8 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
         record["partial"] = True
     if not record["runs"]:
         raise KeyboardInterrupt
+    if kept:
+        kept.unlink(missing_ok=True)
     record["client_ceiling"] = ceiling.known()
     record["verdicts"] = words.sentences(record)
     sections = [tables.throughput_table(record["runs"]), tables.latency_table(record["runs"]),
@@ -146,7 +171,36 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
     if config.formulas:
         sections.append(tables.others_table(record["runs"], config.formulas))
     record["printed"] = "\n\n".join(sections)  # what may be quoted of it, as it was shown
-    return console.conclude(config, record, page, sections)
+    status = console.conclude(config, record, page, sections)
+    if not any(one["ok"] for run in record["runs"] for one in run["requests"]):
+        console.warn("no request was answered: look at the errors above, and at the server.")
+        return status or 1
+    return status
+
+
+def beside(path: Path | None, name: str) -> Path | None:
+    """Where a run keeps what it has so far; nowhere when its record goes to stdout or to a device."""
+    return path.with_name(f"{name}.jsonl") if path and (path.is_file() or not path.exists()) else None
+
+
+def keep_so_far(path: Path | None, record: dict[str, Any]) -> None:
+    """The record as far as it is, for whoever reads results/ after this process was killed. It goes at the end."""
+    with contextlib.suppress(OSError):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            records.replace_whole(path, (json.dumps(record | {"partial": True, "verdicts": []}) + "\n").encode())
+
+
+def model_of(config: LoadConfig, names: list[str] | None) -> str:
+    """The name to ask for. names: what the server offers; None where it does not say. UserError."""
+    if names is None and not config.model:
+        raise UserError(f"{config.url} does not list its models: name one with --model.")
+    model = config.model if names is None or (config.model and not config.start) else names[0]
+    if names is not None and model not in names:
+        raise UserError(
+            f"{config.url} has no model {model!r}, only {', '.join(map(repr, names))}: name one of them with --model."
+        )
+    return model
 
 
 def self_check() -> int:
@@ -183,19 +237,37 @@ def bodies_of(config: LoadConfig, prompts: Prompts) -> Callable[[Any, int], list
 def cells_of(config: LoadConfig) -> list[Cell]:
     if config.replay_file:
         recorded = tuple(arrivals.replay(config.replay_file))
+        few_enough(len(recorded))
         return [Cell(None, None, None, None, None, len(recorded), recorded=recorded)]
     prompts = listed(config.prompt_tokens, "--prompt-tokens", least=1)
     news = listed(config.max_new_tokens, "--max-new-tokens", least=1)
     if config.ramp:
         ramp = plan.ramp_of(config.ramp)
+        few_enough((ramp[0] + ramp[1]) / 2 * ramp[2])
         count = len(arrivals.ramp(*ramp, config.seed, kind=config.arrival))
         return [Cell(None, None, config.arrival, *shape, count, ramp) for shape in product(prompts, news)]
     if config.rate:
         rates = listed(config.rate, "--rate", float, least=1e-3)
+        few_enough(max(rates) * config.seconds)
         loads = [(None, rate, config.arrival) for rate in rates]
     else:
         loads = [(clients, None, None) for clients in listed(config.concurrency, "--concurrency")]
-    return [Cell(*load, prompt, new, config.requests) for prompt, new, load in product(prompts, news, loads)]
+    few_enough(config.requests)
+    cells = [Cell(*load, prompt, new, config.requests) for prompt, new, load in product(prompts, news, loads)]
+    most = max((cell.clients or 0 for cell in cells), default=0)
+    if most > config.requests and not config.seconds and not config.sweep:
+        raise UserError(
+            f"{config.requests} requests never keep {most} clients busy: give --requests of {WAVES * most} or more."
+        )
+    return cells
+
+
+def few_enough(requests: float) -> None:
+    if not requests <= MOST_REQUESTS:
+        raise UserError(
+            f"That would be {requests:,.0f} requests in one run, and all their stamps are kept: ask for less than "
+            f"{MOST_REQUESTS:,}."
+        )
 
 
 def runs_of(config: LoadConfig, target: measure.Target, cells: list[Cell]) -> Iterator[dict[str, Any]]:
@@ -225,7 +297,7 @@ def sweep(target: measure.Target, first: Cell) -> Iterator[dict[str, Any]]:
     """Twice as many clients each time, until that brings less than a twentieth more tokens."""
     clients, best = 1, 0.0
     while True:
-        cell = first.closed(clients)
+        cell = replace(first.closed(clients), requests=max(first.requests, WAVES * clients))
         measure.warm_up(target, cell)
         yield (run := measure.run(target, cell))
         rate = run["figures"]["output_tokens_per_s"] or 0.0
@@ -237,19 +309,24 @@ def sweep(target: measure.Target, first: Cell) -> Iterator[dict[str, Any]]:
 def search(
     target: measure.Target, first: Cell, limits: list[tuple[str, int, float]], arrival: str
 ) -> Iterator[dict[str, Any]]:
-    """Halves the space between a rate that keeps the limits and one that does not, or that nothing can reach."""
-    most = first.closed(16)
+    """Doubles a rate until it misses the limits, then halves the space between the two.
+
+    The first is what 16 clients reach, who wait for their answers.
+    """
+    most = replace(first.closed(16), requests=max(first.requests, WAVES * 16))
     measure.warm_up(target, most)
     yield (run := measure.run(target, most))
-    kept, missed = 0.0, run["figures"]["requests_per_s"] or 1.0
-    for _ in range(MOST_STEPS):
-        rate = (kept + missed) / 2
+    rate, kept, missed = run["figures"]["requests_per_s"] or 1.0, 0.0, math.inf
+    for _ in range(2 * MOST_STEPS):
         run = measure.run(target, first.open(rate, arrival))
         run["keeps"] = plan.keeps(run["figures"], limits) and not run["ended"]
         yield run
         if run["ended"] == "interrupted":
             return
         kept, missed = (rate, missed) if run["keeps"] else (kept, rate)
+        rate = 2 * kept if missed == math.inf else (kept + missed) / 2
+        if missed - kept < missed / 2**MOST_STEPS:
+            return
 
 
 def limits_of(text: str | None) -> dict[str, float] | None:

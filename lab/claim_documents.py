@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 
 ID = re.compile(r"\[([a-z_]+-\d{6}-[0-9a-f]{6})\]")
 UNIT = (
-    r"ms|µs|us|ns|s|seconds?|min|minutes?|hours?|%|tokens?/s|req(?:uests?)?/s|requests?/min|"
+    r"ms|[µμ]s|us|ns|s|secs?|seconds?|min|minutes?|hours?|%|percent|"
+    r"[kM]? ?tok(?:ens?)?(?:/s| per s(?:econd)?)|req(?:uests?)?(?:/s| per s(?:econd)?)|requests?/min|"
     r"(?:[kKMGT]i?B|bytes)(?:/s)?|[GT]?FLOPs?(?:/s)?|times|倍|秒|毫秒|字节"
 )
 NUMBER = r"\d[\d,]*(?:\.\d+)?"
 FIGURE = re.compile(
     rf"(?P<ratio>×)(?P<r>{NUMBER})(?:\s*\[(?P<low>{NUMBER})%?, (?P<high>{NUMBER})%?\])?"
-    rf"|(?<![A-Za-z0-9_.,/^-])(?P<n>{NUMBER})(?:[–-](?P<to>{NUMBER}))?\s?(?P<unit>{UNIT}|×(?=\s|$|[.,;)]))(?![A-Za-z0-9_])"
+    rf"|(?<![A-Za-z0-9_.,/^])(?<![A-Za-z0-9_.,/^]-)(?P<n>{NUMBER})(?:[–-](?P<to>{NUMBER}))?\s?"
+    rf"(?P<unit>{UNIT}|[×x](?=\s|$|[.,;)]))(?![A-Za-z0-9_])"
 )
 LIMIT = re.compile(
     r"(?:[≤≥<>±~]|at most|at least|within|up to|below|above|under|law:?|allows|limit(?: of)?|more than|less than|every|"
@@ -106,7 +108,7 @@ def tables_in(lines: Sequence[str], first_line: int = 1) -> Iterator[Table]:
 
 def passages_of(text: str) -> list[Passage]:
     """A document in pieces. Code blocks are left out."""
-    section, part, found, block, fenced = Section("", 0, None), "", [], [], False
+    section, part, found, block, fence = Section("", 0, None), "", [], [], ""
 
     def close() -> None:
         nonlocal block
@@ -122,11 +124,12 @@ def passages_of(text: str) -> list[Passage]:
         block = []
 
     for number, line in enumerate(text.split("\n"), 1):
-        heading = None if fenced else re.match(r"(#+) ", line)
-        if line.startswith("```"):
+        heading = None if fence else re.match(r"(#+) ", line)
+        ticks = re.match(r"`{3,}|~{3,}", line)
+        if ticks and (not fence or (ticks[0].startswith(fence) and line.strip() == ticks[0])):
             close()
-            fenced = not fenced
-        elif fenced:
+            fence = "" if fence else ticks[0]
+        elif fence:
             continue
         elif heading:
             close()
@@ -136,6 +139,9 @@ def passages_of(text: str) -> list[Passage]:
             section = Section(line, level, section)
             section.above.inner.append(section)
             part = part if level > 2 else ""
+            if level > 1:  # a heading may quote a figure too
+                found.append(Passage(number, line, section, part))
+                section.passages.append(found[-1])
         elif PART.fullmatch(line):
             close()
             part = PART.fullmatch(line)[1]
@@ -185,7 +191,7 @@ def figures_of_row(headers: Sequence[str], cells: Sequence[str], line: int) -> I
 
 
 def figures_in(line: str, number: int) -> Iterator[Figure]:
-    line = re.sub(r"`[^`]*`", lambda code: " " * len(code[0]), line)
+    line = re.sub(r"`[^`]*`", lambda code: " " * len(code[0]), line).replace("**", "")
     for match in FIGURE.finditer(line):
         if LIMIT.search(line[: match.start()]) or LEVEL.match(line[match.end() :]):
             continue

@@ -33,9 +33,13 @@ Record = dict[str, Any]
 
 DOCUMENTS = ("notes.md", "README.md", "README.zh.md")
 SCALES = {"ms": (1e3,), "毫秒": (1e3,), "µs": (1e6, 1e3), "us": (1e6, 1e3), "%": (100,), "s": (1e-3,), "秒": (1e-3,),
+          "μs": (1e6, 1e3), "percent": (100,), "sec": (1e-3,), "secs": (1e-3,), "seconds": (1e-3,),
+          "k tokens/s": (1e-3,),
           "MB": (1e-6,), "GB": (1e-9, 1e-3), "GB/s": (1e-9,), "kB": (1e-3,)}  # fmt: skip
 ALIKE = 20  # so many equal characters at its beginning make a sentence a copy of a verdict
-RAW = ("trials", "calibrations", "runs", "cold", "run_ceilings", "ids", "steps")  # samples that the tables sum up
+RAW = (  # samples that the tables sum up
+    "trials", "calibrations", "runs", "cold", "run_ceilings", "ids", "steps", "comparison", "server", "client_ceiling",
+)  # fmt: skip
 
 
 # ---- what a record holds
@@ -82,8 +86,8 @@ PRINT_AGAIN: dict[str, Callable[[Record], list[str]]] = {
 
 
 def source_of(record: Record) -> Source:
-    text, printed = "", record["script"] in PRINT_AGAIN
-    if printed:
+    text, printed = record.get("printed", ""), "printed" in record or record["script"] in PRINT_AGAIN
+    if printed and not text:
         try:
             text = "\n\n".join(PRINT_AGAIN[record["script"]](record))
         except (KeyError, TypeError, ValueError, IndexError):  # a record of an older form

@@ -8,7 +8,9 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +21,7 @@ from lab.wire import Broken, Place, Wire, connected
 Body = dict[str, Any]
 RETRIED = (408, 409, 429)  # and everything from 500 on: what OpenAI's clients send again
 SOONEST_S, LATEST_S = 0.5, 8.0  # of their own between two attempts
+TEXTS = ("content", "text", "reasoning_content", "reasoning")  # a token that is thought out is computed like any other
 LONGEST_WISH_S = 120.0  # of the server's: a longer one means not to come again
 BUDGET, BUDGET_FLOOR = 0.1, 10  # retries may be a tenth of all requests, and ten
 
@@ -59,8 +62,9 @@ class Trace:
         """(when, what) of every piece of text."""
         found = []
         for moment, data in self.events:
-            for choice in data.get("choices", []):
-                text = choice.get("text") or (choice.get("delta") or choice.get("message") or {}).get("content")
+            for choice in data.get("choices") or ():
+                said = choice.get("delta") or choice.get("message") or choice
+                text = next((said[name] for name in TEXTS if said.get(name)), None)
                 found += [(moment, text)] if text else []
         return found
 
@@ -83,6 +87,16 @@ class Trace:
     def e2e_s(self) -> float:
         return self.end_s - self.due_s
 
+    def wish_s(self) -> float | None:
+        """When the server wants it to come again: in seconds, milliseconds or as a date; None: nothing of use."""
+        for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+            with suppress(KeyError, ValueError):
+                wish_s = float(self.headers[name]) * unit
+                return wish_s if wish_s >= 0 else None
+        with suppress(KeyError, ValueError):
+            return max(parsedate_to_datetime(self.headers["retry-after"]).timestamp() - time.time(), 0.0)
+        return None
+
     def again_after_s(self) -> float | None:
         """When the server, or failing that OpenAI's clients, would have it sent again: seconds; None: never."""
         if self.headers.get("x-should-retry") == "false" or self.error == INTERRUPTED:
@@ -90,12 +104,9 @@ class Trace:
         wanted = self.headers.get("x-should-retry") == "true"
         if not (wanted or self.error or self.status in RETRIED or self.status >= 500):
             return None
-        for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-            try:
-                wish_s = float(self.headers[name]) * unit
-            except (KeyError, ValueError):
-                continue
-            return wish_s if 0 <= wish_s <= LONGEST_WISH_S else None
+        wish_s = self.wish_s()
+        if wish_s is not None:
+            return wish_s if wish_s <= LONGEST_WISH_S else None
         return min(SOONEST_S * 2 ** (self.attempts - 1), LATEST_S) * random.uniform(0.75, 1.0)
 
 
@@ -162,7 +173,8 @@ class Client:
                 except Broken:
                     if trace.status:
                         raise
-                    wire = None  # the server had closed a connection that was idle: no failure of this request
+                    wire = None  # the server had closed a connection that was idle; or did it read the request before?
+                    trace.attempts += 1
                 if wire is None:
                     wire = await connected(self.place)
                     await wire.ask(raw, trace)

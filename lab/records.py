@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,30 @@ SCHEMA = 1
 
 
 def new_record(script: str, question: str, config: Recorded, card: dict[str, str]) -> dict[str, Any]:
-    """The part that every record has. Raw samples, verdicts and sizes are added by the script."""
-    now = time.time()
+    """The part that every record has. Raw samples, verdicts and sizes are added by the script.
+
+    Records are shared and committed: of a secret they say only that there was one.
+    """
+    now, secret = time.time(), {f.name for f in fields(config) if f.metadata.get("secret")}
+    kept = {name: "set" if name in secret and value else value for name, value in asdict(config).items()}
+    hidden = {getattr(config, name) for name in secret if getattr(config, name)}
     return {
         "schema": SCHEMA,
         "id": f"{script}-{time.strftime('%y%m%d', time.localtime(now))}-{secrets.token_hex(3)}",
         "script": script,
         "question": question,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(now)),
-        "command": shlex.join(["python3", *sys.orig_argv[1:]]),
-        "config": asdict(config),
+        "command": shlex.join(["python3", *(without(word, hidden) for word in sys.orig_argv[1:])]),
+        "config": kept,
         "card": card,
         "partial": False,
     }
+
+
+def without(word: str, secrets: set[str]) -> str:
+    for one in secrets:
+        word = word.replace(one, "SECRET")
+    return word
 
 
 def output_hash(ids: Sequence[int]) -> str:

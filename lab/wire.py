@@ -9,6 +9,7 @@ import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -53,9 +54,15 @@ class Place:
         return b"%bContent-Length: %d\r\n\r\n%b" % (self.head, len(body), body)
 
 
+@cache
+def tls_context() -> ssl.SSLContext:
+    """Made once: it reads all certificates of the system, which takes tens of milliseconds."""
+    return ssl.create_default_context()
+
+
 async def connected(place: Place) -> "Wire":
     """A new connection. OSError, ssl.SSLError among them, or TimeoutError as OSError."""
-    context = ssl.create_default_context() if place.tls else None
+    context = tls_context() if place.tls else None
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(CONNECT_S):

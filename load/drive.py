@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lab.client import Body, Client, Trace
+from load import measures
 from load.clock import new_loop
 
 LOOK_S = 0.02  # between two looks at what is in flight
@@ -79,8 +80,8 @@ class Drive:
 
         return await self.run([one] * clients, clients)
 
-    async def open(self, bodies: Sequence[Body], dues_s: Sequence[float]) -> Ran:
-        """Each at its moment after the start."""
+    async def open(self, bodies: Sequence[Body], dues_s: Sequence[float], rising: bool = False) -> Ran:
+        """Each at its moment after the start. rising: the rate is to grow, so what is in flight may grow with it."""
 
         async def starter() -> None:
             sending = []
@@ -92,23 +93,26 @@ class Drive:
                 sending.append(self.spawn(self.send(body, due_s)))
             await asyncio.gather(*sending)
 
-        return await self.run([starter], min(len(bodies), MOST_OPENED), growing=True)
+        return await self.run([starter], min(len(bodies), MOST_OPENED), watched=not rising)
 
     # ---- one run
 
     async def run(
-        self, parts: Sequence[Callable[[], Awaitable[None]]], connections: int, growing: bool = False
+        self, parts: Sequence[Callable[[], Awaitable[None]]], connections: int, watched: bool = False
     ) -> Ran:  # fmt: skip
         async with self.client:
             await self.client.open(connections)
             self.found.start_s, cpu_s = time.perf_counter(), time.process_time()
-            looking = asyncio.create_task(self.look(growing))
+            looking = asyncio.create_task(self.look(watched))
             with self.told_by_ctrl_c():
-                await asyncio.gather(*(self.spawn(part()) for part in parts), return_exceptions=True)
+                ended = await asyncio.gather(*(self.spawn(part()) for part in parts), return_exceptions=True)
             looking.cancel()
             with suppress(asyncio.CancelledError):  # but not what went wrong in it
                 await looking
             self.found.end_s, self.found.cpu_s = time.perf_counter(), time.process_time() - cpu_s
+        for error in ended:
+            if isinstance(error, Exception):  # not one that was cancelled: a fault of this program
+                raise error
         self.see(self)
         return self.found
 
@@ -131,11 +135,11 @@ class Drive:
         body = talk.opening()
         while body is not None and not self.ending:
             trace = await self.send(body, time.perf_counter())
-            if not trace.complete:
+            if measures.error_of(trace) is not None:  # there is no answer to go on from
                 return
             body = talk.reply("".join(text for _, text in trace.content))
 
-    async def look(self, growing: bool) -> None:
+    async def look(self, watched: bool) -> None:
         next_s = 0.0
         while True:
             await asyncio.sleep(LOOK_S)
@@ -144,7 +148,7 @@ class Drive:
             if now_s >= next_s:
                 next_s = now_s + 0.25
                 self.see(self)
-                if growing and self.over_saturated(now_s):
+                if watched and self.over_saturated(now_s):
                     self.end("over-saturated")
 
     def over_saturated(self, now_s: float) -> bool:
@@ -187,6 +191,8 @@ def closed(client: Client, bodies: Iterable[Body], clients: int, seconds: float 
         return runner.run(Drive(client, **more).closed(bodies, clients, seconds))
 
 
-def opened(client: Client, bodies: Sequence[Body], dues_s: Sequence[float], **more) -> Ran:
+def opened(
+    client: Client, bodies: Sequence[Body], dues_s: Sequence[float], *, rising: bool = False, **more
+) -> Ran:  # fmt: skip
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(Drive(client, **more).open(bodies, dues_s))
+        return runner.run(Drive(client, **more).open(bodies, dues_s, rising))

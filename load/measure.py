@@ -56,14 +56,15 @@ def run(target: Target, cell: Cell) -> Run:
     requests = measures.measured(sorted(ran.traces, key=lambda one: one.due_s), ran.start_s, target.count)
     samples = [(moment - ran.start_s, flying) for moment, flying in ran.samples]
     window = measures.steady(requests, cell.clients)
+    during = [one | {"at": one["at"] + seen.start_s - ran.start_s} for one in seen.during]
     both = seen.before and seen.after and "new_tokens" in seen.before
     grown = seen.after["new_tokens"] - seen.before["new_tokens"] if both else None
+    laws = {"little": measures.little(requests, samples, window, during), "tokens": measures.tokens(requests, grown)}
     found = {
         "load": cell.load, "requests": requests, "window": window, "ended": ran.why,
         "figures": measures.figures(requests, window, target.limits) | {"requested_rate": cell.rate},
-        "laws": {"little": measures.little(requests, samples, window), "tokens": measures.tokens(requests, grown)},
-        "client": {"cpu_s": ran.cpu_s, "wall_s": ran.end_s - ran.start_s},
-        "server": seen.used, "metrics": {"before": seen.before, "during": seen.during, "after": seen.after},
+        "laws": laws, "client": {"cpu_s": ran.cpu_s, "wall_s": ran.end_s - ran.start_s},
+        "server": seen.used, "metrics": {"before": seen.before, "during": during, "after": seen.after},
     }  # fmt: skip
     found["figures"]["mean_in_flight"] = found["laws"]["little"]["in_flight"]
     live.close(tables.line(found))
@@ -76,7 +77,8 @@ def driven(target: Target, cell: Cell, see: Callable[[drive.Drive], object]) -> 
         return drive.closed(target.client(), bodies, cell.clients, target.seconds, see=see)
     dues = dues_of(target, cell)
     lone = [target.bodies(one, 1)[0] for one in cell.recorded or ()]
-    return drive.opened(target.client(), lone or target.bodies(cell, len(dues)), dues, see=see)
+    rising = cell.rate is None  # a ramp, or a recorded load, which may have one in it
+    return drive.opened(target.client(), lone or target.bodies(cell, len(dues)), dues, rising=rising, see=see)
 
 
 def dues_of(target: Target, cell: Cell) -> list[float]:

@@ -17,6 +17,7 @@ Request = dict[str, Any]  # one request of a run, in plain numbers; seconds sinc
 Window = dict[str, Any]
 PERCENTILES = (50, 90, 95, 99)
 FEWEST = 5  # requests that a window must hold to be one
+ODD = (ValueError, TypeError, AttributeError, KeyError)  # what reading an answer of another form may raise
 GROWING = 1.5  # times as many in flight in its last third as in its first: it never settled
 LITTLE_OFF = 0.05
 
@@ -31,20 +32,21 @@ def measured(traces: Sequence[Trace], start_s: float, count: Callable[[str], int
 def request_of(i: int, trace: Trace, start_s: float, count: Callable[[str], int] | None) -> Request:
     error = error_of(trace)
     try:
-        content, usage = (trace.content if trace.streamed else []), trace.usage or {}
-    except ValueError:
-        content, usage = [], {}
-    chunks = [[since(moment, start_s), count(text) if count else 1] for moment, text in content]
-    new, by = usage.get("completion_tokens"), "usage"
+        content, usage = (trace.content if trace.streamed else []), dict(trace.usage or {})
+        chunks = [[since(moment, start_s), count(text) if count else 1] for moment, text in content]
+    except ODD as odd:
+        error, chunks, usage = error or f"malformed: {odd}", [], {}
+    new, by = whole_number(usage.get("completion_tokens")), "usage"
     if new is None:
         new, by = sum(tokens for _, tokens in chunks) or None, "ids" if count else "chunks"
     return {
         "i": i, "due": since(trace.due_s, start_s), "sent": since(trace.sent_s, start_s),
         "end": since(trace.end_s, start_s),
         "status": trace.status, "error": error, "ok": error is None, "chunks": chunks,
-        "prompt_tokens": usage.get("prompt_tokens"), "cached_tokens": cached_of(usage), "new_tokens": new,
+        "prompt_tokens": whole_number(usage.get("prompt_tokens")),
+        "cached_tokens": told(usage, "prompt_tokens_details", "cached_tokens"), "new_tokens": new,
         "counted_by": by, "choice_times": choice_times(trace, start_s),
-        "queue": (usage.get("timing") or {}).get("queue"), "retries": trace.attempts - 1,
+        "queue": told(usage, "timing", "queue"), "retries": trace.attempts - 1,
     }  # fmt: skip
 
 
@@ -59,12 +61,19 @@ def choice_times(trace: Trace, start_s: float) -> list[float]:
         return (
             [since(moment, start_s) for moment, data in trace.events if data.get("choices")] if trace.streamed else []
         )
-    except ValueError:
+    except ODD:
         return []
 
 
-def cached_of(usage: dict[str, Any]) -> int | None:
-    return (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+def told(usage: dict[str, Any], part: str, name: str) -> float | None:
+    """A number inside a part of usage that not every server has."""
+    inner = usage.get(part)
+    value = inner.get(name) if isinstance(inner, dict) else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def whole_number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def error_of(trace: Trace) -> str | None:
@@ -75,14 +84,14 @@ def error_of(trace: Trace) -> str | None:
         return f"{trace.status}: {said(trace)}"
     try:
         events = [data for _, data in trace.events]
-    except ValueError as error:
+        failure = next((data["error"] for data in events if data.get("error")), None)
+        ended = any(choice.get("finish_reason") for data in events for choice in data.get("choices") or ())
+    except ODD as error:
         return f"malformed: {error}"
-    told = next((data["error"] for data in events if data.get("error")), None)
-    if told is not None:
-        return f"error event: {told}"[:300]
+    if failure is not None:
+        return f"error event: {failure}"[:300]
     if trace.complete:
         return None
-    ended = any(choice.get("finish_reason") for data in events for choice in data.get("choices", []))
     return None if ended else "cut: the stream ended without a finish_reason and without [DONE]"
 
 
@@ -106,7 +115,7 @@ def e2e(request: Request) -> float:
 def tpot(request: Request) -> float | None:
     """None for an answer of one token, and for one that came in one piece: there is nothing between its tokens."""
     new, chunks = request["new_tokens"], request["chunks"]
-    if not new or new < 2 or not chunks:
+    if not new or new < 2 or len(chunks) < 2:
         return None
     return (chunks[-1][0] - chunks[0][0]) / (new - 1)
 
@@ -147,8 +156,8 @@ def within(requests: Sequence[Request], begin: float, end: float) -> list[Reques
 
 
 def overlap(requests: Sequence[Request], begin: float, end: float) -> float:
-    """Mean number in flight, from the stamps of each request."""
-    spent = (min(one["end"], end) - max(one["sent"], begin) for one in requests)
+    """Mean number in flight, from the stamps of each request; one that waits to be sent again is in flight."""
+    spent = (min(one["end"], end) - max(one["due"], begin) for one in requests)
     return sum(max(seconds, 0.0) for seconds in spent) / (end - begin) if end > begin else 0.0
 
 
@@ -161,9 +170,14 @@ def figures(requests: Sequence[Request], window: Window, limits: "dict[str, floa
     inside = [one for one in within(requests, begin, end) if one["error"] != INTERRUPTED]
     good = [one for one in inside if one["ok"]]
     length = end - begin or None
-    pieces = [(moment, tokens) for one in requests for moment, tokens in exact(one) if begin <= moment <= end]
-    ended = [one for one in requests if one["ok"] and begin <= one["end"] <= end]
-    dues = sorted(one["due"] for one in inside)
+    pieces = [(moment, tokens) for one in requests for moment, tokens in exact(one) if begin < moment <= end]
+    # An end that opens the window belongs to what was before it: of the ends of a closed loop it would be one too many.
+    ended = [one for one in requests if one["ok"] and begin < one["end"] <= end]
+    asked, cached = (
+        [one[name] for one in good if one[name] is not None] for name in ("prompt_tokens", "cached_tokens")
+    )
+    asked_there = [one["prompt_tokens"] for one in ended if one["prompt_tokens"] is not None]
+    sent = sorted(one["due"] if one["retries"] else one["sent"] for one in inside)  # kept is when it left the last time
     return {
         "ttft_s": spread([value for one in good if (value := ttft(one)) is not None]),
         "tpot_s": spread([value for one in good if (value := tpot(one)) is not None]),
@@ -173,14 +187,14 @@ def figures(requests: Sequence[Request], window: Window, limits: "dict[str, floa
         "schedule_delay_s": spread([one["sent"] - one["due"] for one in inside if not one["retries"]]),
         "requests_per_s": length and len(ended) / length,
         "output_tokens_per_s": length and sum(tokens for _, tokens in pieces) / length,
-        "prompt_tokens_per_s": length and sum(one["prompt_tokens"] or 0 for one in ended) / length,
+        "prompt_tokens_per_s": sum(asked_there) / length if length and asked_there else None,
         "goodput_per_s": None if limits is None or not length else sum(meets(one, limits) for one in ended) / length,
-        "achieved_rate": (len(dues) - 1) / (dues[-1] - dues[0]) if len(dues) > 1 and dues[-1] > dues[0] else None,
+        "achieved_rate": (len(sent) - 1) / (sent[-1] - sent[0]) if len(sent) > 1 and sent[-1] > sent[0] else None,
         "errors": dict(Counter(one["error"].partition(":")[0] for one in inside if not one["ok"])),
         "retries": sum(one["retries"] for one in inside),
         "new_tokens": sum(one["new_tokens"] or 0 for one in good),
-        "cached_tokens": sum(one["cached_tokens"] or 0 for one in good),
-        "prompt_tokens": sum(one["prompt_tokens"] or 0 for one in good),
+        "cached_tokens": sum(cached) if cached else None,
+        "prompt_tokens": sum(asked) if asked else None,
     }  # fmt: skip
 
 
@@ -199,8 +213,10 @@ def exact(request: Request) -> list[tuple[float, float]]:
 
 
 def meets(request: Request, limits: dict[str, float]) -> bool:
-    found = {"ttft": ttft(request), "tpot": tpot(request), "e2e": e2e(request)}
-    return request["ok"] and all(found[name] is None or found[name] <= most for name, most in limits.items())
+    """What was not measured does not meet a limit; but a single token has nothing between its tokens."""
+    between = 0.0 if request["new_tokens"] == 1 and request["chunks"] else tpot(request)
+    found = {"ttft": ttft(request), "tpot": between, "e2e": e2e(request) if request["new_tokens"] else None}
+    return request["ok"] and all(found[name] is not None and found[name] <= most for name, most in limits.items())
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any] | None:
@@ -215,16 +231,29 @@ def spread(samples: Sequence[float]) -> dict[str, Any] | None:
 # ---- laws
 
 
-def little(requests: Sequence[Request], samples: Sequence[tuple[float, int]], window: Window) -> dict[str, Any]:
-    """Mean in flight, once as a counter saw it that was looked at all along, once from the stamps (Little's law)."""
+def little(
+    requests: Sequence[Request], samples: Sequence[tuple[float, int]], window: Window,
+    server: Sequence[dict[str, float]] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Mean in flight, once as a counter saw it that was looked at all along, once from the stamps (Little's law).
+
+    Both are the client's: it holds unless requests were lost or stamps are wrong. server: looks at the server's own
+    counters; their mean stands beside it, and is not judged: a look a second is a rough mean of a short run.
+    """
     begin, end = window["begin"], window["end"]
     seen = [flying for moment, flying in samples if begin <= moment <= end]
-    stamps = overlap(requests, begin, end)
+    there = [
+        look["running"] + look.get("waiting", 0) for look in server if "running" in look and begin <= look["at"] <= end
+    ]
+    found = {
+        "throughput_x_latency": (stamps := overlap(requests, begin, end)),
+        "server": mean(there) if there else None,
+    }
     if not seen or not stamps:
-        return {"in_flight": None, "throughput_x_latency": stamps, "off": None, "holds": None}
+        return {"in_flight": None, "off": None, "holds": None} | found
     counted = mean(seen)
     off = abs(counted - stamps) / stamps
-    return {"in_flight": counted, "throughput_x_latency": stamps, "off": off, "holds": off <= LITTLE_OFF}
+    return {"in_flight": counted, "off": off, "holds": off <= LITTLE_OFF} | found
 
 
 def tokens(requests: Sequence[Request], server: float | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from config import UserError
 from lab.arrivals import Planned
+from load.measures import PERCENTILES
 
 LIMITS = ("ttft", "tpot", "e2e")
 
@@ -85,10 +86,10 @@ def limits(text: str) -> list[tuple[str, int, float]]:
             p, most = int(percent), float(value)
         except ValueError:
             p, most = 0, 0.0
-        if what not in LIMITS or not 0 < p < 100 or not 0 < most < 1e6:
+        if what not in LIMITS or p not in PERCENTILES or not 0 < most < 1e6:
             raise UserError(
-                f"{part.strip()!r} is no limit: write ttft_p95=1.0,tpot_p95=0.1, with {', '.join(LIMITS)}, a "
-                "percentile below 100 and seconds."
+                f"{part.strip()!r} is no limit: write ttft_p95=1.0,tpot_p95=0.1, with {', '.join(LIMITS)}, one of the "
+                f"percentiles {', '.join(map(str, PERCENTILES))}, and seconds."
             )
         found.append((what, p, most))
     return found

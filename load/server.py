@@ -1,6 +1,7 @@
 """What a server says of itself, and what its process uses, from outside: models, metrics, CPU time and memory."""
 
 import contextlib
+import http.client
 import json
 import math
 import threading
@@ -37,22 +38,24 @@ def get(url: str, path: str, headers: Mapping[str, str]) -> bytes | None:
         asked = urllib.request.Request(url.rstrip("/") + path, headers=dict(headers))
         with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:
             return answer.read()
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
 
 
-def models(url: str, headers: Mapping[str, str]) -> list[str]:
-    """The names of its models. UserError, in a sentence, when nobody is there or it is no such server."""
+def models(url: str, headers: Mapping[str, str]) -> list[str] | None:
+    """The names of its models; None when it has no such list. UserError when nobody is there or it lets nobody in."""
     address = url.rstrip("/") + "/v1/models"
     try:
         with urllib.request.urlopen(
             urllib.request.Request(address, headers=dict(headers)), timeout=PATIENCE_S
         ) as answer:
-            return [one["id"] for one in json.load(answer)["data"]]
+            return [str(one["id"]) for one in json.load(answer)["data"]] or None
     except urllib.error.HTTPError as error:
-        remedy = "give its key with --api-key" if error.code in (401, 403) else "name a model with --model"
+        if error.code in (404, 405, 501):
+            return None
+        remedy = "give its key with --api-key" if error.code in (401, 403) else "look at its log"
         raise UserError(f"{address} answered {error.code}: {remedy}, or check --url.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
         why = getattr(error, "reason", error)
         raise UserError(
             f"No OpenAI-compatible server answers at {address} ({why}): start one with `python3 serve.py`, or let "

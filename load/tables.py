@@ -57,7 +57,8 @@ def throughput_table(runs: Sequence[Run]) -> str:
     for run in runs:
         found, window = run["figures"], run["window"]
         errors = ", ".join(f"{count} {kind}" for kind, count in found["errors"].items()) or "0"
-        share = found["cached_tokens"] / found["prompt_tokens"] if found["prompt_tokens"] else None
+        known = found["prompt_tokens"] and found["cached_tokens"] is not None
+        share = found["cached_tokens"] / found["prompt_tokens"] if known else None
         rows.append((
             load_name(run["load"]), shape_name(run["load"]),
             f"{window['class']}, {number(window['end'] - window['begin'])} s", number(found["output_tokens_per_s"]),
@@ -72,6 +73,7 @@ def laws_table(runs: Sequence[Run]) -> str:
     """What each run checked on itself."""
     columns = [
         ("load", "left"), ("in flight, counted", "right"), ("from the stamps", "right"), ("Little", "left"),
+        ("the server's count", "right"),
         ("tokens: pieces", "right"), ("usage", "right"), ("server", "right"), ("tokens", "left"),
         ("sent late p99 (ms)", "right"), ("rate asked", "right"), ("reached", "right"), ("client CPU", "right"),
         ("server CPU", "right"), ("server RAM (MB)", "right"), ("server GPU (MB)", "right"),
@@ -83,7 +85,8 @@ def laws_table(runs: Sequence[Run]) -> str:
         server = used["cpu_s"] / wall["wall_s"] if used else None
         rows.append((
             load_name(run["load"]), number(little["in_flight"], 2), number(little["throughput_x_latency"], 2),
-            word(little["holds"]), number(tokens["pieces"], 0), number(tokens["usage"], 0), number(tokens["server"], 0),
+            word(little["holds"]), number(little.get("server"), 1),
+            number(tokens["pieces"], 0), number(tokens["usage"], 0), number(tokens["server"], 0),
             word(tokens["holds"]), stat(found["schedule_delay_s"], "p99").removesuffix(MARK),
             number(found["requested_rate"], 2), number(found["achieved_rate"], 2) if found["requested_rate"] else NONE,
             number(wall["cpu_s"] / wall["wall_s"], 0, 100, " %"), number(server, 0, 100, " %"),

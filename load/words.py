@@ -86,7 +86,7 @@ def broken(runs: Sequence[dict[str, Any]]) -> list[str]:
         late = found["schedule_delay_s"]
         if run["load"]["rate"] and late and late["p99"] > LATE_S:
             said.append(f"{name}: requests left up to {late['p99'] * 1e3:.0f} ms (p99) late: latency counts from due.")
-        if run["window"]["class"] == "growing":
+        if run["window"]["class"] == "growing" and run["load"]["rate"]:
             said.append(f"{name}: ever more requests were in flight: its latencies grow with the length of the run.")
         if run["ended"] == "over-saturated":
             said.append(f"{name}: stopped, since the server falls ever further behind.")

@@ -66,6 +66,63 @@ def test_a_tokenizer_counts_what_a_piece_holds():
     assert (found["new_tokens"], found["counted_by"]) == (4, "ids")
 
 
+@pytest.mark.parametrize(
+    "odd", [{"choices": None, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}, {"choices": [None]},
+            {"choices": [{"text": 5}]}, {"choices": 7}, {"choices": [], "usage": [1]}, {"choices": [], "usage": "x"},
+            {"choices": [], "usage": {"completion_tokens": "3", "prompt_tokens_details": 4, "timing": []}}]
+)  # fmt: skip
+def test_an_answer_of_another_form_costs_its_own_request_at_most(odd: dict):
+    found = one(0.0, (1.0, text("a")), (1.5, odd), (2.0, text("b", "stop")), (2.0, "[DONE]"))
+    assert found["ok"] or found["error"].startswith("malformed: ")
+    assert measures.figures([found], {"begin": 0.0, "end": 3.0})["requests_per_s"] is not None
+
+
+def test_a_token_that_is_thought_out_is_a_token():
+    thought = {"choices": [{"delta": {"reasoning_content": "hm"}}]}
+    said = {"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}
+    found = one(0.0, (1.0, thought), (2.0, said), (2.0, "[DONE]"))
+    assert measures.ttft(found) == pytest.approx(1.0) and len(found["chunks"]) == 2
+
+
+def test_an_answer_without_tokens_is_no_good_one():
+    limits = {"ttft": 5.0, "tpot": 5.0, "e2e": 5.0}
+    empty = one(0.0, (1.0, text("", "stop")), (1.0, "[DONE]"))
+    assert empty["ok"] and not measures.meets(empty, limits)
+    lump = one(0.0, (1.0, text("abcd", "stop")), (1.0, usage(5, 4)), (1.0, "[DONE]"))
+    assert measures.tpot(lump) is None and not measures.meets(lump, limits) and measures.meets(lump, {"ttft": 5.0})
+    single = one(0.0, (1.0, text("a", "stop")), (1.0, usage(5, 1)), (1.0, "[DONE]"))
+    assert measures.meets(single, limits) and not measures.meets(single, {"ttft": 0.5})
+
+
+def test_of_the_ends_of_a_closed_loop_the_one_that_opens_the_window_is_not_counted():
+    """One client, each answer takes a second and has one token: one request and one token a second, exactly."""
+    requests = [measures.measured([trace(i, (i + 1, text("a", "length")), (i + 1, usage(9, 1)), (i + 1, "[DONE]"))],
+                                  START_S)[0] for i in range(11)]  # fmt: skip
+    window = measures.steady(requests, 1)
+    found = measures.figures(requests, window)
+    assert window["class"] == "steady" and found["requests_per_s"] == pytest.approx(1.0)
+    assert found["output_tokens_per_s"] == pytest.approx(1.0) and found["prompt_tokens_per_s"] == pytest.approx(9.0)
+
+
+def test_the_rate_reached_is_that_of_the_sending():
+    late = [one(i, (2 * i + 1, text("a", "stop")), (2 * i + 1, "[DONE]"), sent=2 * i) for i in range(5)]
+    assert measures.figures(late, {"begin": 0.0, "end": 20.0})["achieved_rate"] == pytest.approx(0.5)
+
+
+def test_what_a_server_does_not_tell_is_missing_and_not_nothing():
+    silent = one(0.0, (1.0, text("a", "stop")), (1.0, "[DONE]"))
+    found = measures.figures([silent], {"begin": 0.0, "end": 2.0})
+    assert (found["prompt_tokens_per_s"], found["prompt_tokens"], found["cached_tokens"]) == (None, None, None)
+
+
+def test_waiting_to_be_sent_again_is_being_in_flight():
+    again = [one(0.0, (3.0, text("a", "stop")), (3.0, "[DONE]"), sent=2.0, attempts=2)]
+    law = measures.little(again, [(t / 10, 1) for t in range(30)], {"begin": 0.0, "end": 3.0},
+                          [{"at": 1.0, "running": 0.0, "waiting": 1.0}, {"at": 2.5, "running": 2.0}])  # fmt: skip
+    assert law["holds"] and law["in_flight"] == law["throughput_x_latency"] == pytest.approx(1.0)
+    assert law["server"] == pytest.approx(1.5)
+
+
 def test_zero_never_means_missing():
     whole = one(0.0, (2.0, json.dumps(text("abc", "stop") | {"usage": {"completion_tokens": 3}}).encode()))
     assert whole["ok"] and measures.ttft(whole) is None and measures.tpot(whole) is None

@@ -83,7 +83,8 @@ def test_one_point_is_no_verdict_and_six_rounds_are():
     ],
 )
 def test_what_makes_a_run_doubtful_is_said(more: dict, says: str):
-    assert any(says in sentence for sentence in words.sentences({"runs": [run(CELL, 10.0) | more]}))
+    doubtful = run(CELL.open(2.0, "poisson"), 10.0) | more
+    assert any(says in sentence for sentence in words.sentences({"runs": [doubtful]}))
 
 
 def test_a_broken_law_forbids_quoting():

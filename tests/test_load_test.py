@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import compare
+from lab import compare, load_runs
 from lab.client import Client, Trace
 from load import drive, golden
 from load.script import Script
@@ -38,9 +38,9 @@ def asked(url: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(url, *options), capture_output=True, text=True, timeout=120)
 
 
-def recorded(url: str, *options: str) -> dict:
+def recorded(url: str, *options: str, status: int = 0) -> dict:
     done = asked(url, "--json", "-", "--requests", "12", "--prompt-tokens", "16", "--max-new-tokens", "8", *options)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return json.loads(done.stdout)
 
 
@@ -92,10 +92,26 @@ def test_a_conversation_waits_for_its_answers(url):
     assert lengths[0] < lengths[2] < lengths[4], "each turn holds all that was said"
 
 
-def test_the_search_brackets_the_rate(url):
-    record = recorded(url, "--find-slo", "ttft_p95=5.0", "--concurrency", "1")
+def test_the_search_goes_up_until_a_rate_misses_and_then_halves_the_space(url):
+    record = recorded(url, "--find-slo", "ttft_p95=0.06", "--requests", "24")
+    tried = [(run["load"]["rate"], run["keeps"]) for run in record["runs"][1:]]
     assert any("largest rate that keeps the limits" in sentence for sentence in record["verdicts"])
-    assert all("keeps" in run for run in record["runs"][1:])
+    kept, missed = ([rate for rate, keeps in tried if keeps is word] for word in (True, False))
+    first = record["runs"][0]["figures"]["requests_per_s"]
+    assert tried[0][0] == pytest.approx(first)
+    rising = [rate for rate, _ in tried[: len(kept) + 1]]
+    if kept and missed and tried[0][1]:
+        assert rising[1] == pytest.approx(2 * rising[0]), "16 clients' rate is a beginning, not a limit"
+        assert max(kept) < max(missed) <= 2 * max(rising)
+
+
+def test_a_sweep_asks_more_of_more_clients(url):
+    runs = recorded(url, "--sweep", "--requests", "8")["runs"]
+    assert [run["load"]["concurrency"] for run in runs[:5]] == [1, 2, 4, 8, 16]
+    for run in runs:
+        clients = run["load"]["concurrency"]
+        assert len(run["requests"]) >= 4 * clients or clients == 1
+        assert run["laws"]["little"]["in_flight"] > 0.5 * clients, "so many were really there"
 
 
 def test_another_tools_formulas_stand_beside_ours(url, tmp_path):
@@ -107,11 +123,12 @@ def test_another_tools_formulas_stand_beside_ours(url, tmp_path):
     "fault", ["429", "503", "500", "cut", "die", "malformed", "error_event", "no_done", "not_a_stream"]
 )
 def test_a_server_that_breaks_is_measured_as_broken(fault: str):
+    whole = fault in ("no_done", "not_a_stream")
     with golden.serve(Script(first_s=0.01, gap_s=0.001, fault=fault)) as server:
-        record = recorded(server.url, "--concurrency", "2")
+        record = recorded(server.url, "--concurrency", "2", status=0 if whole else 1)
     run = record["runs"][0]
     failed = [one for one in run["requests"] if not one["ok"]]
-    if fault in ("no_done", "not_a_stream"):  # whole answers, in another form
+    if whole:  # in another form
         assert not failed
     else:
         assert len(failed) == 12 and sum(run["figures"]["errors"].values()) > 0
@@ -125,7 +142,7 @@ def test_a_server_that_breaks_is_measured_as_broken(fault: str):
 def test_a_server_that_hangs_costs_no_more_than_the_timeout():
     with golden.serve(Script(fault="hang_midway")) as server:
         begin = time.monotonic()
-        record = recorded(server.url, "--concurrency", "12", "--timeout", "1")
+        record = recorded(server.url, "--concurrency", "12", "--timeout", "1", status=1)
     assert {one["error"].partition(":")[0] for one in record["runs"][0]["requests"]} == {"timeout"}
     assert time.monotonic() - begin < 30
 
@@ -147,6 +164,8 @@ BODY = {"model": "golden", "prompt": "x", "max_tokens": 4, "stream": True}
     ("headers", "status", "waits"),
     [
         ({"retry-after-ms": "1500"}, 503, 1.5), ({"retry-after": "2"}, 429, 2.0), ({"retry-after": "500"}, 503, None),
+        ({"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}, 503, 0.0),
+        ({"retry-after-ms": "20", "retry-after": "9"}, 503, 0.02),
         ({"x-should-retry": "false"}, 503, None), ({"x-should-retry": "true", "retry-after": "1"}, 400, 1.0),
         ({}, 400, None), ({}, 200, None),
     ],
@@ -169,6 +188,13 @@ def test_without_the_servers_word_the_wait_grows():
         (["--until", "5"], "is no precision"), (["--ramp", "1:2"], "is no ramp"), (["--requests", "0"], "--requests"),
         (["--prompts-file", "/nowhere"], "cannot be read"), (["--tokenizer", "/nowhere"], "cannot be read"),
         (["--model", "other"], "has no model 'other'"), (["--turns", "2", "--rate", "1"], "waits for its answers"),
+        (["--concurrency", "64"], "never keep 64 clients busy"),
+        (["--concurrency", "4", "--rate", "2"], "different loads"),
+        (["--find-slo", "ttft_p75=1"], "one of the percentiles 50, 90"), (["--sweep", "--rounds", "3"], "once"),
+        (["--find-slo", "ttft_p95=1", "--prompt-tokens", "8,16"], "give --prompt-tokens one value"),
+        (["--rate", "2", "--arrival", "burst", "--seconds", "2"], "never ends by the clock"),
+        (["--ramp", "1:1e9:1e9"], "all their stamps are kept"),
+        (["--rate", "9", "--seconds", "1e12"], "all their stamps"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(url, options, says):
@@ -177,7 +203,8 @@ def test_a_mistake_is_one_sentence(url, options, says):
     assert says in done.stderr and "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "https://127.0.0.1:9", "nonsense", "http://"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "https://127.0.0.1:9", "nonsense", "http://",
+                                     "http://127.0.0.1:x", "http://a b/"])  # fmt: skip
 def test_nobody_there_is_one_sentence(address: str):
     done = asked(address)
     assert done.returncode == 2 and "No OpenAI-compatible server answers at" in done.stderr
@@ -262,6 +289,74 @@ def test_a_service_that_it_starts_itself_and_what_differs_from_another_one(tmp_p
     assert records[0]["server"]["kind"] == "llm-infer-baseline" and records[0]["server"]["capacity"]["slots"] == 2
     assert records[0]["model"]["hash"] == records[1]["model"]["hash"] != "?"
     assert compare.factors(*records) == ["max_running (2 → 4)"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_leaves_the_runs_that_it_had_ended(tmp_path, number):
+    with golden.serve(QUICK) as server:
+        options = ("--concurrency", "2,3", "--rounds", "500", "--requests", "6", "--prompt-tokens", "8")
+        process = subprocess.Popen(
+            command(server.url, *options, "--json", str(tmp_path / "out.jsonl")), stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        end = time.monotonic() + 60
+        while len(server.served) < 40 and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    [path] = tmp_path.glob("*.jsonl")
+    record = json.loads(path.read_text())
+    assert record["partial"] and len(record["runs"]) >= 3
+    assert load_runs.find(str(path), tmp_path)["id"] == record["id"], "and the report can read it"
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+    assert (path.name == "out.jsonl") is (number == signal.SIGTERM)
+
+
+def test_the_key_is_in_no_record(url, tmp_path):
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    places = ("--json", str(tmp_path / "x.jsonl"), "--note", "n", "--notes-file", str(tmp_path / "notes.md"))
+    done = asked(url, "--api-key", "sk-hush", "--requests", "2", "--concurrency", "1", *places)
+    assert done.returncode == 0, done.stderr
+    written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert "sk-hush" not in written + done.stdout and "--api-key SECRET" in written and '"api_key":"set"' in written
+
+
+def test_a_conversation_that_fails_ends_and_the_others_go_on():
+    with golden.serve(Script(first_s=0.01, gap_s=0.001, fault="malformed", times=1)) as server:
+        run = recorded(server.url, "--turns", "3", "--endpoint", "chat", "--concurrency", "1", "--requests", "4")[
+            "runs"
+        ][0]
+        assert len(run["requests"]) == 12
+    with golden.serve(Script(first_s=0.01, gap_s=0.001, done=False)) as server:
+        run = recorded(server.url, "--turns", "3", "--endpoint", "chat", "--concurrency", "1", "--requests", "4")[
+            "runs"
+        ][0]
+        assert len(run["requests"]) == 12, "a stream without its last word is whole where it says how it ended"
+
+
+def test_a_ramp_that_the_server_keeps_up_with_is_not_over_saturated():
+    with golden.serve(Script(first_s=0.2, gap_s=0.002)) as server:
+        run = recorded(server.url, "--ramp", "0:60:12", "--arrival", "constant")["runs"][0]
+    assert run["ended"] is None and len(run["requests"]) == 360
+
+
+def test_a_request_that_a_closing_server_may_have_read_is_counted_twice():
+    """It reads what comes on a kept connection and closes it: nobody knows whether it did the work."""
+
+    class Reads(socketserver.StreamRequestHandler):
+        def handle(self):
+            for turn in range(2):
+                length = 0
+                while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                    length = int(line.split(b":")[1]) if line.lower().startswith(b"content-length") else length
+                self.rfile.read(length)
+                if turn == 0:
+                    answer = b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+                    self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(answer), answer))
+
+    with served_by(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Reads)) as port:
+        ran = drive.closed(Client(f"http://127.0.0.1:{port}/v1/completions"), [BODY] * 4, 1)
+    assert [trace.attempts for trace in ran.traces] == [1, 2, 2, 2] and all(trace.complete for trace in ran.traces)
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
