@@ -48,7 +48,7 @@ MACHINE = ("CPU", "Cores", "Threads in use", "GPU", "Versions", "Commit")
 # Of what a server tells of itself: what changes from start to start, or follows from another value.
 CHANGES_BY_ITSELF = {"created", "started", "uptime_s", "pid", "port", "host", "url", "kv_blocks", "free_bytes"}
 FOLLOWS = {"kept", "weight_bytes", "kv_bytes_per_token"}
-FAILED_SHARE, LENGTH_SHARE = 0.01, 0.02  # above these, failures or answer lengths are themselves a factor
+FAILED_SHARE, LENGTH_SHARE = 0.01, 0.02  # above these, failures or answer lengths make two runs unlike
 
 
 # ---- what differs
@@ -102,8 +102,8 @@ def said(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-def of_answers(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
-    """Failures and shorter answers make a server look fast."""
+def unlike(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
+    """Failures and shorter answers make a server look fast: where they differ, nothing else is compared."""
     found, (x, y) = [], (failed_share(a), failed_share(b))
     if abs(x - y) > FAILED_SHARE:
         found.append(f"failed requests ({x:.1%} → {y:.1%})")
@@ -154,12 +154,13 @@ class Comparison:
     factors: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    gate_missed: bool = False  # a load of A that B should have been held against was not run
 
     @property
     def status(self) -> int:
         """0: every gate holds, or none was asked. 1: something is worse than its gate. 3: a gate has no verdict."""
         gates = {row.gate for row in self.rows}
-        return 1 if "worse" in gates else 3 if "no verdict" in gates else 0
+        return 1 if "worse" in gates else 3 if "no verdict" in gates or self.gate_missed else 0
 
     def text(self) -> str:
         columns = [("load", "left"), ("figure", "left"), ("A", "right"), ("B", "right"), ("B / A", "left"),
@@ -179,6 +180,8 @@ class Comparison:
 def compare(a: Record, b: Record, gates: dict[str, float] | None = None) -> Comparison:
     """Every load that both records hold, figure by figure. UserError where they share none."""
     gates = gates or {}
+    if a["id"] == b["id"]:
+        raise UserError(f"A and B are both [{a['id']}]: name two records.")
     ours, theirs = rounds_by_load(a), rounds_by_load(b)
     common = [load for load in ours if load in theirs]
     if not common:
@@ -189,13 +192,13 @@ def compare(a: Record, b: Record, gates: dict[str, float] | None = None) -> Comp
     differs = factors(a, b)
     figures = list(dict.fromkeys([*SHOWN, *gates]))
     rows = [
-        row_of(ours[load], theirs[load], figure, [*differs, *of_answers(ours[load], theirs[load])], gates.get(figure))
-        for load in common
-        for figure in figures
+        row_of(ours[load], theirs[load], figure, differs, gates.get(figure)) for load in common for figure in figures
     ]
+    alone = {"A": [load for load in ours if load not in theirs], "B": [load for load in theirs if load not in ours]}
     notes = [ONE_AFTER_THE_OTHER]
+    notes += [f"{len(some)} of the loads of {side} were not run in the other." for side, some in alone.items() if some]
     notes += [f"[{r['id']}] is partial: it was interrupted." for r in (a, b) if r.get("partial")]
-    return Comparison(a["id"], b["id"], tuple(differs), tuple(rows), tuple(notes))
+    return Comparison(a["id"], b["id"], tuple(differs), tuple(rows), tuple(notes), bool(gates and alone["A"]))
 
 
 def loads_said(record: Record) -> str:
@@ -205,16 +208,19 @@ def loads_said(record: Record) -> str:
 
 def row_of(a: Sequence[Run], b: Sequence[Run], figure: str, differs: Sequence[str], worst: float | None) -> Row:
     """worst: the ratio B / A that the gate still allows; None without one."""
-    pairs = [(value(x, figure), value(y, figure)) for x, y in zip(a, b, strict=False)]
-    pairs = [(x, y) for x, y in pairs if x is not None and y is not None]
+    rounds = [(value(x, figure), value(y, figure)) for x, y in zip(a, b, strict=False)]
+    pairs = [(x, y) for x, y in rounds if x is not None and y is not None]
     seconds = [(1 / x, 1 / y) if more_is_better(figure) else (x, y) for x, y in pairs]
     decided = verdict([y for _, y in seconds], [x for x, _ in seconds], factors=differs)
-    if not pairs:
-        decided = Verdict("NO VERDICT", None, None, None, 0, reason="not measured in both")
+    void = "; ".join(unlike(a, b))
+    if len(pairs) < len(rounds):
+        void = "not measured in both" + (f" in {len(rounds) - len(pairs)} of {len(rounds)} rounds" if pairs else "")
+    if void:
+        decided = Verdict("NO VERDICT", None, None, None, len(pairs), reason=void)
     logs = [math.log(y / x) for x, y in pairs]
     ratio = math.exp(mean(logs)) if logs else None
     low, high = interval(logs, 0.95) if len(logs) > 1 else (None, None)
-    gate = "" if worst is None else gate_word(logs, worst, more_is_better(figure), len(differs) > 1)
+    gate = "" if worst is None else gate_word(logs, worst, more_is_better(figure), bool(void) or len(differs) > 1)
     middles = [median([pair[i] for pair in pairs]) if pairs else None for i in (0, 1)]
     return Row(load_words(a[0]), figure, *middles, decided, ratio, low, high, gate)
 
@@ -257,12 +263,12 @@ def gates_of(text: str) -> dict[str, float]:
     return found
 
 
-def gate_word(logs: Sequence[float], worst: float, more: bool, several_factors: bool) -> str:
+def gate_word(logs: Sequence[float], worst: float, more: bool, void: bool) -> str:
     """Decided by the interval, not by the point: all of it on the good side, all on the bad side, or neither.
 
     Three to five rounds must hold at 99 %, as in lab/verdict.py; fewer decide nothing.
     """
-    if len(logs) < 3 or several_factors:
+    if len(logs) < 3 or void:
         return "no verdict"
     low, high = interval(logs, 0.95 if len(logs) >= FEWEST_ROUNDS else FEW_CONFIDENCE)
     if more:

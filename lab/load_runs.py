@@ -51,6 +51,11 @@ def checked(record: Record) -> Record:
             f"[{record['id']}] is a record of {record.get('script')}: only those of load_test.py and infer.py are "
             "compared here."
         )
+    missing = [name for name in ("card", "config", "time", "verdicts") if name not in record]
+    for name in ("load", "requests", "window", "figures"):
+        missing += [f"runs.{name}" for run in record["runs"] if name not in run][:1]
+    if missing:
+        raise UserError(f"[{record['id']}] lacks {', '.join(missing)}: it is no whole load record; measure it anew.")
     return record
 
 

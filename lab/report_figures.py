@@ -113,4 +113,5 @@ def stages(request: dict[str, Any]) -> list[tuple[float, float, str, str]]:
 
 def plain(text: str) -> str:
     """Dollar signs would begin a formula, and a leading underscore would hide the label."""
-    return text.replace("$", r"\$").lstrip("_") or "–"
+    shown = "".join(c if c.isprintable() else " " for c in text[:40])
+    return shown.replace("$", r"\$").lstrip("_") or "–"

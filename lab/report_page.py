@@ -26,7 +26,7 @@ KNEE = (
 def load_records(results: Path) -> list[Record]:
     """Every whole load record, oldest first. UserError when there is none."""
     found = {r["id"]: r for r in load_runs.all_records(results) if r.get("kind") == "load" and r.get("runs")}
-    usable = [r for r in found.values() if r.get("schema") == load_runs.SCHEMA]
+    usable = [load_runs.checked(r) for r in found.values() if r.get("schema") == load_runs.SCHEMA]
     if not usable:
         raise UserError(
             f"No load record in {results}: make one with `python3 load_test.py --start --concurrency 1,4` (or "

@@ -39,8 +39,9 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 
 def safe(text: object) -> str:
-    """Markdown shows HTML: a model's name must not be any, and must not end a table's cell."""
-    return html.escape(str(text), quote=False).replace("|", r"\|").replace("\n", " ")
+    """Markdown shows HTML, links and pictures: a model's name must be none, and must not end a table's cell."""
+    escaped = html.escape(str(text), quote=False).replace("|", r"\|").replace("](", r"]\(").replace("][", r"]\[")
+    return "".join(c if c.isprintable() else " " for c in escaped)
 
 
 # ---- HTML

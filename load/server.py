@@ -49,7 +49,7 @@ def models(url: str, headers: Mapping[str, str]) -> list[str] | None:
         with urllib.request.urlopen(
             urllib.request.Request(address, headers=dict(headers)), timeout=PATIENCE_S
         ) as answer:
-            return [str(one["id"]) for one in json.load(answer)["data"]] or None
+            return [plain(str(one["id"])) for one in json.load(answer)["data"]] or None
     except urllib.error.HTTPError as error:
         if error.code in (404, 405, 501):
             return None
@@ -61,6 +61,11 @@ def models(url: str, headers: Mapping[str, str]) -> list[str] | None:
             f"No OpenAI-compatible server answers at {address} ({why}): start one with `python3 serve.py`, or let "
             "--start do it, or check --url."
         ) from error
+
+
+def plain(name: str) -> str:
+    """A name that a terminal shows and does not obey."""
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def about(url: str, headers: Mapping[str, str]) -> dict[str, Any]:

@@ -106,6 +106,25 @@ def test_limits_settings_code_and_marked_lines_are_no_claims(text: str):
     assert problems(f"# Title\n\n{text}\n", "README.md") == []
 
 
+@pytest.mark.parametrize(
+    "text", ["It makes 999,999 tokens per second.", "It makes 4,321 tok/s.", "It takes 1.29 sec.",
+             "It gains 77 percent.", "It takes **1.59** ms.", "It takes 1.59 μs.", "It changes by -73 ms.", "It makes 1.29k tokens/s.",
+             "It is 3x faster.", "## It takes 7.7 ms", "~~~\n```\n~~~\nIt takes 7.7 ms."]
+)  # fmt: skip
+def test_a_figure_does_not_escape_by_its_form(text: str):
+    assert len(problems(f"# Title\n\n{text}\n")) == 1
+
+
+def test_rows_of_a_record_that_kept_its_print_are_compared_with_it():
+    printed = "| load | tokens/s |\n|:--|--:|\n| 1 client | 97.3 |\n| 4 clients | 245.6 |"
+    record = {"id": "load_test-261122-bbbbbb", "script": "load_test", "verdicts": [], "printed": printed,
+              "runs": [{"figures": {"x": 111.1}}]}  # fmt: skip
+    notes = f"# Notes\n\n## Experiment: load\n\n- **Evidence**: [{record['id']}]\n\n**Metrics**\n\n{printed}\n"
+    assert problems(notes, record=record) == []
+    assert "this row is not one" in problems(notes.replace("97.3", "245.6"), record=record)[0]
+    assert problems(notes + "\nIt makes 111.1 tokens/s.\n", record=record), "only what was printed may be quoted"
+
+
 def test_a_column_whose_header_has_a_unit_holds_figures():
     passages = passages_of("| way | p50 (ms) | n |\n|--|--|--|\n| a | 1,024.5 | 7 |\n")
     figures = [figure for passage in passages for figure in figures_of(passage)]

@@ -101,7 +101,7 @@ def test_what_is_no_factor_is_a_setting_of_the_scripts_whose_records_are_compare
     assert known - compare.NO_FACTOR >= {"endpoint", "shared_prefix", "turns", "eos", "retries", "threads", "dtype"}
 
 
-def test_failures_and_shorter_answers_are_factors_of_their_load():
+def test_failures_and_shorter_answers_void_a_verdict():
     broken = rounds([0.1] * 6)
     for one in broken:
         one["requests"][0]["ok"] = False
@@ -110,6 +110,39 @@ def test_failures_and_shorter_answers_are_factors_of_their_load():
     verdict = row(compare.compare(record(rounds(STEADY)), record(broken, 2)), "ttft").verdict
     assert verdict.word == "NO VERDICT"
     assert "failed requests (0.0% → 12.5%)" in verdict.reason and "answer length (32.0 → 16.0 tokens)" in verdict.reason
+
+
+@pytest.mark.parametrize("spoil", [{"ok": False}, {"new_tokens": 16}])
+def test_failures_alone_and_short_answers_alone_decide_nothing_and_hold_no_gate(spoil: dict):
+    spoilt = rounds([x / 2 for x in STEADY])
+    for one in spoilt:
+        for request in one["requests"][: None if "new_tokens" in spoil else 4]:
+            request |= spoil
+    found = compare.compare(record(rounds(STEADY)), record(spoilt, 2), gates_of("ttft:+5%"))
+    assert row(found, "ttft").verdict.word == "NO VERDICT" and found.status == 3
+
+
+def test_a_gate_is_not_held_by_what_is_left_over():
+    gone = rounds(STEADY)
+    for one in gone[:2]:
+        one["figures"]["output_tokens_per_s"] = 0.0
+    found = compare.compare(record(rounds(STEADY)), record(gone, 2), gates_of("throughput:-3%"))
+    assert row(found, "throughput").verdict.reason == "not measured in both in 2 of 6 rounds" and found.status == 3
+    both = [*rounds(STEADY), *(run(8, ttft=x) for x in STEADY)]
+    found = compare.compare(record(both), record(rounds(STEADY), 2), gates_of("ttft:+5%"))
+    assert found.status == 3 and "1 of the loads of A were not run in the other." in found.notes
+    with pytest.raises(UserError, match="name two records"):
+        compare.compare(record(both), record(both))
+
+
+def test_a_record_with_a_part_missing_is_one_sentence(tmp_path: Path):
+    torn = record([run()])
+    del torn["runs"][0]["window"], torn["verdicts"]
+    notes = saved(tmp_path, torn)
+    with pytest.raises(UserError, match="lacks verdicts, runs"):
+        load_runs.find("load_test-261122-000001", tmp_path / "results")
+    with pytest.raises(UserError, match="lacks verdicts"):
+        report.main(["--notes-file", str(notes)])
 
 
 @pytest.mark.parametrize(

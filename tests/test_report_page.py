@@ -16,7 +16,7 @@ from lab.records import append_line
 
 pytestmark = pytest.mark.slow
 
-EVIL = '<script>alert("x")</script>|$_{'
+EVIL = '<script>alert("x")</script>|$_{![x](http://evil.test/x)\x1b[31m'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -99,6 +99,7 @@ def test_what_a_record_says_is_text_and_never_a_tag(tmp_path: Path):
     assert EVIL in "".join(reader.words)
     written = (tmp_path / "there" / "report.md").read_text()
     assert "<script>" not in written and "&lt;script&gt;" in written
+    assert "](http" not in written and "\x1b" not in written
 
 
 def test_the_knee_has_the_greatest_throughput_for_its_latency():
