@@ -108,7 +108,8 @@ def test_limits_settings_code_and_marked_lines_are_no_claims(text: str):
 
 @pytest.mark.parametrize(
     "text", ["It makes 999,999 tokens per second.", "It makes 4,321 tok/s.", "It takes 1.29 sec.",
-             "It gains 77 percent.", "It takes **1.59** ms.", "It takes 1.59 μs.", "It changes by -73 ms.", "It makes 1.29k tokens/s.",
+             "It gains 77 percent.", "It takes **1.59** ms.", "It takes 1.59 μs.", "It changes by -73 ms.",
+             "It makes 1.29k tokens/s.",
              "It is 3x faster.", "## It takes 7.7 ms", "~~~\n```\n~~~\nIt takes 7.7 ms."]
 )  # fmt: skip
 def test_a_figure_does_not_escape_by_its_form(text: str):
