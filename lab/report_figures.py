@@ -14,15 +14,15 @@ Series = dict[str, list[tuple[float, float]]]  # name -> points
 
 
 def canvas(height: float, panels: int = 1):
-    """A figure and its panels, with no colour of its own but INK."""
+    """A figure and its panels, with no colour of its own but INK. A panel is so narrow that a phone shows its words."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws into memory; asks no display
     import matplotlib.pyplot as plt
 
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with plt.rc_context({**ink, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        return plt.subplots(1, panels, figsize=(7.2, height), layout="constrained", squeeze=False)
+    with plt.rc_context({**ink, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        return plt.subplots(1, panels, figsize=(4.6 * panels, height), layout="constrained", squeeze=False)
 
 
 def svg(figure, name: str) -> str:
@@ -30,7 +30,7 @@ def svg(figure, name: str) -> str:
     import matplotlib
     import matplotlib.pyplot as plt
 
-    text = io.StringIO()
+    text, broad = io.StringIO(), figure.get_figwidth() > 5
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
@@ -39,17 +39,18 @@ def svg(figure, name: str) -> str:
     drawing = drawing[drawing.index("<svg") :].replace(INK, "currentColor")
     drawing = re.sub(r' (?:width|height)="[\d.]+pt"', "", drawing, count=2)  # the page says how wide
     drawing = re.sub(r' id="[\w.]+_\d+"', "", drawing)  # groups are numbered alike in every drawing
-    return drawing.replace("<svg", '<svg role="img"', 1)
+    return drawing.replace("<svg", '<svg role="img" class="broad"' if broad else '<svg role="img"', 1)
 
 
 def against_load(throughput: Series, latency: Series, tail: Series, axis: str) -> str:
-    """Throughput on the left; on the right E2E p50, and p99 dashed; all against the load."""
-    figure, panels = canvas(3.2, 2)
-    lines(panels[0][0], throughput, axis, "output tokens/s")
-    lines(panels[0][1], latency, axis, "E2E p50 (dashed: p99), s")
+    """Two drawings against the load: throughput; E2E p50, and p99 dashed."""
+    first, ((axes,),) = canvas(3.1)
+    lines(axes, throughput, axis, "output tokens/s")
+    second, ((axes,),) = canvas(3.1)
     for points, color in zip(tail.values(), SERIES * len(tail), strict=False):
-        panels[0][1].plot(*zip(*sorted(points), strict=True), "--", color=color, linewidth=1)
-    return svg(figure, f"load-{axis}")
+        axes.plot(*zip(*sorted(points), strict=True), "--", color=color, linewidth=1)
+    lines(axes, latency, axis, "E2E p50 (dashed: p99), s")
+    return svg(first, f"throughput-{axis}") + svg(second, f"latency-{axis}")
 
 
 def lines(axes, series: Series, x: str, y: str) -> None:
@@ -58,22 +59,24 @@ def lines(axes, series: Series, x: str, y: str) -> None:
     axes.set_xticks(sorted({level for points in series.values() for level, _ in points}))
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0)  # the last: from here on the upper end stays where it is
     axes.margins(x=0.08)
     legend(axes)
 
 
-def legend(axes) -> None:
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+def legend(axes, columns: int = 2) -> None:
+    """Above the drawing, where no line runs through it."""
+    axes.legend(frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), labelcolor=INK)
 
 
 def frontier(points: Sequence[tuple[float, float, str]], knee: int | None) -> str:
     """points: (tokens per second, E2E p50 in seconds, what load), in the order of the load."""
-    figure, panels = canvas(3.4)
-    axes = panels[0][0]
+    figure, ((axes,),) = canvas(3.1)
     axes.plot([p[0] for p in points], [p[1] for p in points], "o-", color=SERIES[0], markersize=4)
     for x, y, name in points:
-        axes.annotate(plain(name), (x, y), textcoords="offset points", xytext=(4, 6), fontsize=8, color=INK)
+        axes.annotate(
+            plain(name), (x, y), textcoords="offset points", xytext=(-4, 6), ha="right", fontsize=8, color=INK
+        )
     if knee is not None:
         axes.plot(*points[knee][:2], "o", markersize=12, fillstyle="none", color=SERIES[1], label="knee")
         legend(axes)
@@ -87,8 +90,7 @@ def frontier(points: Sequence[tuple[float, float, str]], knee: int | None) -> st
 def timeline(run: dict[str, Any]) -> str:
     """One bar per request: waits, prefill (or both, where the server does not tell them apart), decode."""
     shown = [r for r in run["requests"] if r["ok"] and r["chunks"]][:LONGEST_TIMELINE]
-    figure, panels = canvas(1.0 + 0.09 * len(shown))
-    axes = panels[0][0]
+    figure, ((axes,),) = canvas(1.0 + 0.07 * len(shown))
     labels: set[str] = set()
     for row, request in enumerate(shown):
         for start, end, color, label in stages(request):
@@ -98,7 +100,7 @@ def timeline(run: dict[str, Any]) -> str:
     axes.invert_yaxis()
     axes.set_yticks([])
     axes.set_xlabel("seconds after the start; one bar per request")
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), labelcolor=INK)
+    legend(axes, columns=3)
     return svg(figure, "timeline")
 
 

@@ -6,6 +6,7 @@ Everything that came from a record is text here, and is escaped where it is prin
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from config import UserError
 from lab import compare, compare_figure, load_runs, report_figures
@@ -76,12 +77,20 @@ def opening(record: Record) -> list[Block]:
     partial = " It is partial: the run was interrupted." if record.get("partial") else ""
     items = [
         f"Record [{record['id']}] of {record['time'][:16]}.{partial}",
-        f"Model {server.get('model') or 'unknown'} on a server of kind {server.get('kind') or 'unknown'}, "
+        f"Model {model_words(server.get('model'))} on a server of kind {server.get('kind') or 'unknown'}, "
         f"{server.get('url') or 'at an unknown address'}.",
         f"Machine: {card.get('CPU')}; {card.get('Cores')}; GPU {card.get('GPU')}; commit {card.get('Commit')}.",
         f"Command: {record.get('command')}",
     ]
     return [Block("heading", "What the service does under load"), Block("list", items)]
+
+
+def model_words(model: Any) -> str:
+    """Our service tells all about its model, others its name at most."""
+    if not isinstance(model, dict):
+        return str(model or "unknown")
+    told = [f"{name} {model[name]}" for name in ("weights", "cache", "kernel", "device", "hash") if model.get(name)]
+    return f"{model.get('name') or 'unknown'} ({'; '.join(told)})" if told else str(model.get("name") or "unknown")
 
 
 def load_part(record: Record) -> list[Block]:
@@ -230,11 +239,12 @@ def rests_part(record: Record) -> list[Block]:
     for runs in rounds_by_load(record).values():
         inside = [run["window"].get("inside") for run in runs]
         rows.append(
-            [load_words(runs[0]), f"[{record['id']}]", len(runs), " ".join(str(n) for n in inside),
+            [load_words(runs[0]), len(runs), " ".join(str(n) for n in inside),
              law_word(runs, "little"), law_word(runs, "tokens")]
         )  # fmt: skip
-    columns = ["load", "record", "rounds", "requests inside the window", "Little's law", "token law"]
-    blocks = [Block("heading", "What this rests on"), Block("table", (columns, rows))]
+    columns = ["load", "rounds", "requests inside the window", "Little's law", "token law"]
+    source = Block("text", f"Every figure above is from [{record['id']}], unless it names another record.")
+    blocks = [Block("heading", "What this rests on"), source, Block("table", (columns, rows))]
     if record["verdicts"]:
         blocks.append(Block("list", list(record["verdicts"])))
     return blocks

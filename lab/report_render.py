@@ -52,16 +52,25 @@ STYLE = """
 body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--page); color: var(--text);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.wide { overflow-x: auto; margin: 0.75rem 0; }
+.wide { overflow-x: auto; margin: 0.75rem 0;  /* a shadow at the edge behind which there is more */
+  background: linear-gradient(to right, var(--page) 30%, transparent),
+  linear-gradient(to left, var(--page) 30%, transparent) 100% 0,
+  linear-gradient(to right, var(--line), transparent), linear-gradient(to left, var(--line), transparent) 100% 0;
+  background-repeat: no-repeat; background-size: 3rem 100%, 3rem 100%, 0.9rem 100%, 0.9rem 100%;
+  background-attachment: local, local, scroll, scroll; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
-td { min-width: 4rem; } figure { margin: 0.75rem 0; }
-figure svg { width: 100%; min-width: 26rem; height: auto; display: block; }
-figcaption, .faint { color: var(--faint); font-size: 0.85rem; }
+th:first-child, td:first-child { text-align: left; min-width: 7.5rem; padding-left: 0; } th { font-weight: 600; }
+figure { margin: 0.75rem 0; } .drawings { display: flex; flex-wrap: wrap; gap: 0.5rem; overflow-x: auto; }
+figure svg { flex: 1 1 18rem; min-width: 0; max-width: 36rem; height: auto; display: block; }
+figure svg.broad { flex-basis: 100%; min-width: 40rem; max-width: none; }  /* two panels: pushed by a finger on a phone */
+figcaption { color: var(--faint); font-size: 0.85rem; } ul { padding-left: 1.25rem; }
+@media (max-width: 40rem) { table { font-size: 0.75rem; } th, td { padding: 0.25rem 0.35rem; } }
+@page { margin: 15mm; }
 @media print { :root { --page: #ffffff; --text: #000000; --faint: #444444; --line: #bbbbbb; }
-  body { max-width: none; font-size: 11px; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
-  .wide { overflow: visible; } figure svg { min-width: 0; } }
+  body { max-width: none; padding: 0; font-size: 11px; } table, figcaption { font-size: 10px; }
+  figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
+  .wide { overflow: visible; background: none; } figure svg.broad { min-width: 0; } }
 """
 
 
@@ -90,5 +99,5 @@ def element(block: Block) -> str:
         return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     if block.kind == "figure":
         drawing, caption = block.body  # the drawing is made here, and its labels are escaped by who draws it
-        return f'<figure><div class="wide">{drawing}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
+        return f'<figure><div class="drawings">{drawing}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
     return f"<p>{html.escape(block.body)}</p>"

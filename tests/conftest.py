@@ -17,6 +17,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Of a module, not of the session: while it is open, no other test of this thread can have an event loop."""
+    from browser import ARGUMENTS, CHROMIUM
+
+    if CHROMIUM is None:
+        pytest.skip("no chromium or google-chrome is installed here (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+        yield opened
+        opened.close()
+
+
 def tiny_config(family: str, **sizes: int):
     from transformers import GPT2Config, LlamaConfig
 

@@ -1,12 +1,11 @@
 """The page: what it shows of known records, what it escapes, and that it asks nobody for anything."""
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import PHONE, READABLE, tab
 from load_records import record, run
 
 import report
@@ -17,7 +16,6 @@ from lab.records import append_line
 pytestmark = pytest.mark.slow
 
 EVIL = '<script>alert("x")</script>|$_{![x](http://evil.test/x)\x1b[31m'
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Reader(HTMLParser):
@@ -77,7 +75,7 @@ def test_the_page_is_whole_asks_nobody_and_shows_every_part(tmp_path: Path):
     assert reader.open == []
     assert all(address.startswith("#") for address in reader.addresses)
     assert not re.search(r"@import|url\((?!#)", page)
-    assert reader.tags.count("svg") == 4 and "script" not in reader.tags
+    assert reader.tags.count("svg") == 5 and "script" not in reader.tags
     words = " ".join(reader.words)
     for part in ("Throughput and latency", "TTFT, TPOT and E2E", "frontier", "requests of one run", "Baseline against",
                  "Cost per 1,000", "What this rests on", "WITHIN NOISE"):  # fmt: skip
@@ -172,12 +170,55 @@ def test_a_baseline_that_does_not_exist_is_refused(tmp_path: Path):
         report.main([*saved(tmp_path, sweep()), "--baseline", "nothing"])
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed here")
-def test_a_browser_shows_the_page(tmp_path: Path):
-    report.main(saved(tmp_path, sweep(1), sweep(2)))
-    page = tmp_path / "results" / "report.html"
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0 and "What this rests on" in done.stdout and done.stdout.count("<svg") == 4
+def test_the_model_is_told_in_words_whatever_the_server_tells():
+    told = {"name": "SmolLM2", "weights": "exact", "hash": "1e25", "kept": {"int4": 1}}
+    assert report_page.model_words(told) == "SmolLM2 (weights exact; hash 1e25)"
+    assert (report_page.model_words("gpt"), report_page.model_words(None)) == ("gpt", "unknown")
+
+
+# ---- in a browser
+
+CUT_LINES = """() => [...document.querySelectorAll("figure svg path[clip-path]")].filter((line) => {
+  const id = line.getAttribute("clip-path").slice(4, -1);
+  const room = document.querySelector(`${id} rect`).getBBox(), box = line.getBBox();
+  return box.y < room.y - 1 || box.y + box.height > room.y + room.height + 1;
+}).length"""
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    slower = sweep(2)
+    for one in slower["runs"]:
+        one["figures"]["e2e_s"]["p99"] *= 4  # a tail far above the medians
+    report.main([*saved(tmp_path, sweep(1), slower), "--machine-price", "1.2"])
+    return (tmp_path / "results" / "report.html").as_uri()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [{"width": 1200, "height": 900}, PHONE])
+def test_a_browser_shows_the_page_whole_and_asks_nobody(browser, address: str, scheme: str, size: dict):
+    """The p99 line ran out of its drawing: the upper end was fixed before that line was drawn."""
+    with tab(browser, viewport=size, color_scheme=scheme) as found:
+        found.page.goto(address)
+        assert found.errors == [] and found.asked == [address]
+        assert found.overflow_px == 0
+        drawings = [one.bounding_box() for one in found.page.locator("figure svg:not(.broad)").all()]
+        assert len(drawings) == 4 and found.page.locator("svg.broad").bounding_box()["width"] > 600
+        assert all(box["width"] > 300 and box["height"] > 100 and box["x"] >= 0 for box in drawings)
+        assert all(box["x"] + box["width"] <= size["width"] for box in drawings)
+        assert found.page.evaluate(CUT_LINES) == 0
+        assert found.least_contrast()["ratio"] >= READABLE, found.least_contrast()
+
+
+def test_no_table_is_cut_on_a_screen_a_phone_or_paper(browser, address: str):
+    hidden = (
+        "(all) => all.filter((one) => one.scrollWidth > one.clientWidth).map((one) => getComputedStyle(one).overflowX)"
+    )
+    with tab(browser, viewport={"width": 1200, "height": 900}) as found:
+        found.page.goto(address)
+        assert found.page.locator(".wide").evaluate_all(hidden) == []  # all there at once
+        found.page.set_viewport_size(PHONE)
+        assert set(found.page.locator(".wide").evaluate_all(hidden)) <= {"auto"}  # can be pushed
+        found.page.set_viewport_size({"width": 700, "height": 1000})  # A4 between its margins, at 96 dots an inch
+        found.page.emulate_media(media="print")
+        assert found.overflow_px == 0 and found.page.locator(".wide").evaluate_all(hidden) == []
