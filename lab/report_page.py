@@ -74,10 +74,11 @@ def blocks_of(records: Sequence[Record], price: float, chosen: str = "") -> list
 
 def opening(record: Record) -> list[Block]:
     server, card = record.get("server") or {}, record["card"]
+    model = (server.get("about") or {}).get("model") or server.get("model")
     partial = " It is partial: the run was interrupted." if record.get("partial") else ""
     items = [
         f"Record [{record['id']}] of {record['time'][:16]}.{partial}",
-        f"Model {model_words(server.get('model'))} on a server of kind {server.get('kind') or 'unknown'}, "
+        f"Model {model_words(model)} on a server of kind {server.get('kind') or 'unknown'}, "
         f"{server.get('url') or 'at an unknown address'}.",
         f"Machine: {card.get('CPU')}; {card.get('Cores')}; GPU {card.get('GPU')}; commit {card.get('Commit')}.",
         f"Command: {record.get('command')}",

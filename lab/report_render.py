@@ -63,7 +63,7 @@ th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-ali
 th:first-child, td:first-child { text-align: left; min-width: 7.5rem; padding-left: 0; } th { font-weight: 600; }
 figure { margin: 0.75rem 0; } .drawings { display: flex; flex-wrap: wrap; gap: 0.5rem; overflow-x: auto; }
 figure svg { flex: 1 1 18rem; min-width: 0; max-width: 36rem; height: auto; display: block; }
-figure svg.broad { flex-basis: 100%; min-width: 40rem; max-width: none; }  /* two panels: pushed by a finger on a phone */
+figure svg.broad { flex-basis: 100%; min-width: 40rem; max-width: none; }  /* two panels: pushed by a finger */
 figcaption { color: var(--faint); font-size: 0.85rem; } ul { padding-left: 1.25rem; }
 @media (max-width: 40rem) { table { font-size: 0.75rem; } th, td { padding: 0.25rem 0.35rem; } }
 @page { margin: 15mm; }
