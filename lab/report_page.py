@@ -164,7 +164,7 @@ def frontier_part(record: Record) -> list[Block]:
         where = f"{len(points)} load levels are too few to look for a knee: run at least three."
     else:
         edge = knee in (0, len(points) - 1)
-        where = f"{KNEE} Here: {points[knee][2]} {axis} ({points[knee][0]:.1f} tokens/s at {points[knee][1]:.2f} s)."
+        where = f"{KNEE} Here: {axis} = {points[knee][2]} ({points[knee][0]:.1f} tokens/s at {points[knee][1]:.2f} s)."
         where += " That is the edge of what was run: the knee may lie beyond." if edge else ""
     caption = f"{tokens}; the numbers are {axis}. [{record['id']}]"
     return [*blocks, Block("figure", (report_figures.frontier(points, knee), caption)), Block("text", where)]
