@@ -55,7 +55,7 @@ def save(a: Record, b: Record, name: str, folder: Path = ROOT / "results" / "fig
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-compared.png"
     figure = drawn(a, b, axis)
-    figure.suptitle(plain(f"A [{a['id']}], B [{b['id']}]"), fontsize=10)
+    figure.suptitle(f"A [{a['id']}], B [{b['id']}]", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return f"### Figure\n\n![{path.stem}]({shown(path)})"
