@@ -56,13 +56,12 @@ class RateLimits:
         return self.buckets.setdefault((key, what), Bucket(self.most[what], now_s)).at(now_s)
 
     def draw(self, key: str, tokens: int) -> None:
-        """One request of about so many tokens; all or nothing. ApiError 429."""
+        """One request of about so many tokens; all or nothing. ApiError 429, with the longer of both waits."""
         wanted = {"requests": 1, "tokens": tokens}
-        for what, amount in wanted.items():
-            bucket = self.bucket(key, what)
-            wait_s = bucket.wait_s(amount) if bucket else 0.0
-            if wait_s:
-                raise self.refusal(key, what, amount, wait_s)
+        waits_s = {what: self.bucket(key, what).wait_s(wanted[what]) for what in wanted if self.most[what]}
+        longest = max(waits_s, key=waits_s.__getitem__, default=None)
+        if longest is not None and waits_s[longest]:
+            raise self.refusal(key, longest, wanted[longest], waits_s[longest])
         for what, amount in wanted.items():
             self.give_back(key, what, -amount)
 

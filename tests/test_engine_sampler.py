@@ -10,6 +10,8 @@ from scipy.stats import chisquare
 from engine.request import BadLogits, Refusal, Request, Sampling, Timeline
 from engine.sampler import Sampler, adjusted, draw
 
+pytestmark = pytest.mark.slow
+
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 
 

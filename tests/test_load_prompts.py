@@ -76,6 +76,7 @@ def test_a_tokenizer_that_adds_a_beginning_cannot_have_a_prompt_of_one_token(tmp
         Prompts("completions", "m", 0, sentencepiece(tmp_path)).body(1, 4)
 
 
+@pytest.mark.slow  # to unpack the model, where no test before has done it
 def test_without_a_tokenizer_lengths_are_about_right_and_do_not_call_themselves_exact():
     prompts = Prompts("completions", "m", 0)
     assert not prompts.exact

@@ -29,7 +29,7 @@ def answering(pages: dict[str, tuple[int, bytes]]):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as there:
-        thread = threading.Thread(target=there.serve_forever)
+        thread = threading.Thread(target=there.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{there.server_address[1]}"
         there.shutdown()

@@ -21,6 +21,8 @@ from model import (
 )
 from tokenizer import left_pad
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [1, 2, 15, 16, 17, 100]
 
 

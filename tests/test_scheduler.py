@@ -249,5 +249,5 @@ class Anything(RuleBasedStateMachine):
             assert len(self.fake.blocks.free) == self.fake.blocks.count
 
 
-TestAnything = Anything.TestCase
+TestAnything = pytest.mark.slow(Anything.TestCase)
 TestAnything.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

@@ -60,6 +60,8 @@ def test_no_window_of_time_holds_more_than_its_share(asked):
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, MOST + 50)), min_size=1, max_size=40))
 @example([(0.0, 600), (0.0104, 1)])
+@example([(0.0, 1)] * 7 + [(0.0, 601)])
+@example([(0.0, 1)] * 6 + [(0.0, 80), (0.0, 600)])
 def test_who_comes_back_when_told_to_is_let_in(asked):
     """And a refusal takes nothing: neither of the two buckets."""
     limits, now = rates(requests=7, tokens=MOST)

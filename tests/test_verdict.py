@@ -18,6 +18,7 @@ def noisy_rounds(rng: random.Random, n: int, ratio: float, spread: float) -> tup
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [6, 12])
 def test_equal_variants_are_called_different_at_most_once_in_twenty(n):
     rng = random.Random(n)
@@ -67,6 +68,7 @@ def test_a_point_is_never_compared_with_a_point():
         assert said.word == "NO VERDICT" and not said.not_slower
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 4, 5])
 def test_three_to_five_rounds_claim_only_what_holds_at_99_in_a_hundred(n):
     rng, trials = random.Random(n), 4000
