@@ -86,6 +86,7 @@ def test_without_a_tokenizer_lengths_are_about_right_and_do_not_call_themselves_
         assert sum(found) / 20 == pytest.approx(tokens, rel=0.15)
 
 
+@pytest.mark.slow  # the same
 def test_the_tokens_of_a_word_are_those_of_the_embedded_model():
     text = " ".join(islice(words("0"), 2000))
     core = tokenizers.Tokenizer.from_file(str(embedded() / "tokenizer.json"))
