@@ -288,7 +288,8 @@ def test_a_service_that_it_starts_itself_and_what_differs_from_another_one(tmp_p
         records.append(json.loads(path.read_text()))
     assert records[0]["server"]["kind"] == "llm-infer-baseline" and records[0]["server"]["capacity"]["slots"] == 2
     assert records[0]["model"]["hash"] == records[1]["model"]["hash"] != "?"
-    assert compare.factors(*records) == ["max_running (2 → 4)"]
+    found = [one for one in compare.factors(*records) if not one.startswith("kernel (")]  # the quickest at each start
+    assert found == ["max_running (2 → 4)"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
