@@ -162,8 +162,6 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
         record["partial"] = True
     if not record["runs"]:
         raise KeyboardInterrupt
-    if kept:
-        kept.unlink(missing_ok=True)
     record["client_ceiling"] = ceiling.known()
     record["verdicts"] = words.sentences(record)
     sections = [tables.throughput_table(record["runs"]), tables.latency_table(record["runs"]),
@@ -171,7 +169,14 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
     if config.formulas:
         sections.append(tables.others_table(record["runs"], config.formulas))
     record["printed"] = "\n\n".join(sections)  # what may be quoted of it, as it was shown
-    status = console.conclude(config, record, page, sections)
+    try:
+        status = console.conclude(config, record, page, sections)
+    except UserError:  # it could not be written where it belongs: what was kept stays
+        kept = None
+        raise
+    finally:
+        if kept:
+            kept.unlink(missing_ok=True)
     if not any(one["ok"] for run in record["runs"] for one in run["requests"]):
         console.warn("no request was answered: look at the errors above, and at the server.")
         return status or 1
