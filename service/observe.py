@@ -44,6 +44,11 @@ FIRST_TOKEN_S = (
 PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 WHOLE_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 160, 320)
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+OUTCOMES = (
+    "ok", "client_error", "rate_limited", "shed_queue", "shed_deadline", "shed_memory", "shed_drain", "timeout",
+    "cancelled", "engine_error",
+)  # fmt: skip
+WASTES = ("disconnect", "deadline", "preempt", "engine_error", "drain")
 ERROR_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LIVES_KEPT = 500
 
@@ -77,10 +82,13 @@ class Metrics:
         self.decode = histogram("decode_time_seconds", "in steps, after the first token", WHOLE_S)
         self.send_blocked = histogram("send_blocked_seconds", "waiting for the reader", WHOLE_S)
         self.prompt_tokens = counter("prompt_tokens", "tokens of prompts; cached: found in the prefix cache", "cached")
+        self.computed_tokens = counter("computed_tokens", "tokens of prompts and answers that the engine computed")
         self.generated_tokens = counter("generated_tokens", "new tokens")
         self.wasted_tokens = counter("wasted_tokens", "tokens computed for nobody", "reason")
         self.running = gauge("requests_running", "answers that hold memory")
         self.waiting = gauge("requests_waiting", "answers in the queue")
+        self.inside = gauge("requests_inside", "answers let in, computed or waiting")
+        self.places = gauge("requests_places", "answers that there is room for, computed or waiting")
         self.queued_tokens = gauge("queued_tokens", "what all requests in the house may add up to")
         self.kv_usage = gauge("kv_cache_usage_ratio", "blocks held, of all")
         self.kv_blocks = gauge("kv_blocks_total", "blocks of keys and values")
@@ -96,10 +104,25 @@ class Metrics:
         self.restarts = counter("engine_restarts", "engines that were replaced", "reason")
         self.retries = counter("client_retries", "requests that were sent again, by the client's own count")
         self.loop_lag = histogram("event_loop_lag_seconds", "how late the event loop wakes up", STEP_S)
+        self.live = gauge("live", "1 while the engine gets on, 0 when a step does not end")
+        self.ready = gauge("ready", "1 while a new request would be let in")
         self.law = gauge("law_ok", "1 while the books agree", "law")
         self.memory = gauge("device_memory_bytes", "memory by kind", "kind")
         self.utilisation = gauge("device_utilization_ratio", "how busy the device is")
         self.log_lost = counter("log_lines_lost", "log lines that could not be written")
+        self.begin_at_zero()
+
+    def begin_at_zero(self) -> None:
+        """Series that are there before anything happens: of one that begins with its first event, Prometheus does not
+        see that event, because a rate needs a value before it.
+        """
+        for outcome in OUTCOMES:
+            for endpoint in ("chat", "completions"):
+                self.requests.labels(endpoint, outcome)
+        for reason in WASTES:
+            self.wasted_tokens.labels(reason)
+        for cached in ("true", "false"):
+            self.prompt_tokens.labels(cached)
 
 
 class RequestLog:

@@ -167,6 +167,10 @@ class Watch:
         m, bridge, state, admission = self.metrics, self.bridge, self.bridge.seen(), self.serving.admission
         m.running.set(state.running)
         m.waiting.set(state.waiting)
+        m.inside.set(admission.answers)
+        m.places.set(admission.limits.places)
+        m.live.set(self.alive()["status"] == "ok")
+        m.ready.set(self.admitting()["ready"])
         m.queued_tokens.set(admission.tokens)
         m.kv_usage.set(state.kv_held / max(state.kv_blocks, 1))
         m.kv_blocks.set(state.kv_blocks)
@@ -175,6 +179,7 @@ class Watch:
         m.progress.set(bridge.progress_at())
         for law, holds in self.laws.items():
             m.law.labels(law).set(holds)
+        self.raise_to(m.computed_tokens, bridge.count("computed"))
         self.raise_to(m.generated_tokens, bridge.count("delivered"))
         self.raise_to(m.restarts.labels("step_failed"), bridge.restarts)
         for reason, tokens in dict(bridge.wasted).items():

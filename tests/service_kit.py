@@ -200,11 +200,11 @@ class Served:
         return [line for line in found if line["event"] == event]
 
     def outcomes(self) -> dict[str, int]:
-        """Requests by outcome, from the metrics."""
+        """Requests by outcome, from the metrics, as far as there were any."""
         found: dict[str, int] = {}
         for metric in self.house.books.metrics.requests.collect():
             for sample in metric.samples:
-                if sample.name.endswith("_total"):
+                if sample.name.endswith("_total") and sample.value:
                     found[sample.labels["outcome"]] = found.get(sample.labels["outcome"], 0) + int(sample.value)
         return found
 
