@@ -4,6 +4,7 @@ A request has begun once a byte of its answer has come. Before that it may be se
 so one that had not begun must be answered, and one that had begun may end early, but not unseen.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ KINDS = {
     "refused": "was told no, before it began",
     "lost": "got nothing at all",
 }
+OVERLOADED = "server_overloaded"
 PHASES = ("before", "during", "after")
 BEFORE_S, AFTER_S = 3, 12  # around a kill, second by second
 
@@ -48,8 +50,16 @@ def told(trace: Trace, start_s: float) -> Request:
     return {
         "due": trace.due_s - start_s, "sent": trace.sent_s - start_s, "first": first, "end": trace.end_s - start_s,
         "ttft": trace.ttft_s if trace.status == 200 and trace.streamed else None, "status": trace.status,
-        "kind": kind_of(trace), "error": trace.error, "replica": trace.headers.get("x-served-by"),
+        "kind": kind_of(trace), "error": trace.error or refusal(trace), "replica": trace.headers.get("x-served-by"),
     }  # fmt: skip
+
+
+def refusal(trace: Trace) -> str | None:
+    """The code of the error object that was its whole answer."""
+    try:
+        return trace.events[0][1]["error"]["code"] if trace.status != 200 else None
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 # ---- figures
@@ -98,7 +108,8 @@ def kills_table(record: Record) -> str:
     ]  # fmt: skip
     columns = [("killed", "left"), ("at (s)", "right"), ("seen as down after (s)", "right"), ("start (s)", "right"),
                ("back in rotation (s)", "right"), ("away in all (s)", "right"), ("sent again", "right"),
-               ("not begun, failed", "right"), ("begun, cut with an error", "right"), ("begun, cut unseen", "right")]  # fmt: skip
+               ("not begun, failed", "right"), ("begun, cut with an error", "right"),
+               ("begun, cut unseen", "right")]  # fmt: skip
     words = (
         "A replica is killed with signal 9 in the middle of each round, left dead, and started again. Sent again: "
         "requests that HAProxy gave to the other replica, before a byte of an answer had come."
@@ -165,7 +176,10 @@ def sentences(record: Record) -> list[str]:
         f"under {len(kills)} kills; {again} were sent again to the other replica."
     ]
     if bad:
-        said.append(f"The first that failed: status {bad[0]['status']}, {bad[0]['error'] or 'an error object'}.")
+        why = Counter(f"{one['status']} {one['error']}" for one in bad)
+        said.append("What they were told: " + ", ".join(f"{count} times {what}" for what, count in why.most_common(3))
+                    + (". Overloaded is not lost: one replica cannot carry this load, try a lower --rate."
+                       if any(OVERLOADED in what for what in why) else "."))  # fmt: skip
     said.append(
         f"What had begun ends with a visible error: {'HOLDS' if not silent else 'BROKEN'}, {len(cut)} ended early and "
         f"{len(silent)} of them unseen."

@@ -179,11 +179,11 @@ def tokens_of(piece: dict[str, Any]) -> list[Any]:
 COLUMNS = ("tokens", "token_logprobs", "top_logprobs")
 
 
-def until(condition: Any, what: str = "", patience_s: float = 20.0) -> Any:
+def until(condition: Any, what: str = "", patience_s: float = 20.0, every_s: float = 0.01) -> Any:
     end = time.monotonic() + patience_s
     while not (found := condition()):
         assert time.monotonic() < end, f"waited in vain {what}"
-        time.sleep(0.01)
+        time.sleep(every_s)
     return found
 
 
