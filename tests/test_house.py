@@ -35,7 +35,8 @@ TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.ch
               "load.answers", "load.clock", "load.connection", "load.golden", "load.script", "load.selfcheck",
               "load.measures", "lab.wire", "lab.client", "lab.compare", "lab.claims", "lab.claim_documents",
               "lab.report_page", "lab.report_render", "lab.report_figures", "lab.load_runs",
-              "lab.availability", "lab.availability_plots", "experiments.replica_kill", "experiments.replicas")  # fmt: skip
+              "lab.availability", "lab.availability_plots", "experiments.replica_kill",
+              "experiments.replicas")  # fmt: skip
 ROOT_FILES = {"config", "metrics", "tokenizer", "model", "infer", "inspect_prefill_decode", "batcher",
               "batch_experiment", "kv_experiment", "serve", "load_test", "report"}  # fmt: skip
 
