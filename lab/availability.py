@@ -181,8 +181,8 @@ def sentences(record: Record) -> list[str]:
                     + (". Overloaded is not lost: one replica cannot carry this load, try a lower --rate."
                        if any(OVERLOADED in what for what in why) else "."))  # fmt: skip
     said.append(
-        f"What had begun ends with a visible error: {'HOLDS' if not silent else 'BROKEN'}, {len(cut)} ended early and "
-        f"{len(silent)} of them unseen."
+        f"What had begun ends with a visible error: {'HOLDS' if not silent else 'BROKEN'}, "
+        f"{len(cut + silent)} ended early and {len(silent)} of them unseen."
     )
     downs = [gap(kill, "killed", "down") for kill in kills if kill["down"] is not None]
     ups = [gap(kill, "killed", "up") for kill in kills if kill["up"] is not None]
