@@ -1,6 +1,7 @@
 """The web server: uvicorn, with an end of our own. Told to stop, it lets nobody in, finishes what runs, then goes."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import uvicorn
 from service.app import House
 from service.connection import connection_class
 from service.guard import Guard
+from service.notify import Notifier
 
 BACKLOG = 2048
 
@@ -28,12 +30,15 @@ class Server(uvicorn.Server):
         ))  # fmt: skip
         self.house, self.ready = house, ready
         self.draining: asyncio.Task[None] | None = None
+        self.notifier = Notifier.of(os.environ)
 
     async def startup(self, sockets: Any = None) -> None:
         self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         self.ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        self.notifier.say("READY=1", "STATUS=serving")
+        self.beating = self.loop.create_task(self.notifier.beat(self.house.watch.alive))
 
     def handle_exit(self, sig: int, frame: Any) -> None:  # noqa: ARG002
         if self.draining is None and self.started:
@@ -43,6 +48,7 @@ class Server(uvicorn.Server):
             self.loop.call_soon_threadsafe(self.house.serving.end_all)  # they are told, not just cut off
 
     async def drain(self) -> None:
+        self.notifier.say("STOPPING=1", "STATUS=finishing what runs")
         await self.house.serving.drain(self.house.serving.settings.drain_timeout)
         self.should_exit = True
 
