@@ -117,6 +117,7 @@ class Engine:
             other.inbox.append(("submit", answer))
         while self.inbox:
             other.inbox.append(self.inbox.popleft())
+        other.numbers = self.numbers  # two requests of one service never have the same
         for answer in (answer for _, answer in other.inbox):
             answer.moved_to(other)
 
@@ -202,6 +203,8 @@ class Engine:
 
     def compute(self, slices: list[Slice]) -> list[Choice | Exception | None]:
         """The runner's results. A plan that does not fit in memory is tried once more, in two halves."""
+        if len(slices) > 1 and any(part.request.alone for part in slices):
+            return self.compute_apart(slices)
         try:
             return self.runner.run(slices)
         except MemoryError as error:
@@ -212,6 +215,17 @@ class Engine:
         except Exception as error:
             self.counts["failed_steps"] += 1
             return failed(slices, error)
+
+    def compute_apart(self, slices: list[Slice]) -> list[Choice | Exception | None]:
+        """First all that may share a pass, then each that may not: what that one fails on costs the others nothing."""
+        passes = [[part for part in slices if not part.request.alone]]
+        passes += [[part] for part in slices if part.request.alone]
+        found = {
+            part.request: result
+            for parts in passes if parts
+            for part, result in zip(parts, self.compute(parts), strict=True)
+        }  # fmt: skip
+        return [found[part.request] for part in slices]
 
     def attempt(self, slices: list[Slice]) -> list[Choice | Exception | None]:
         try:

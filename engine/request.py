@@ -127,6 +127,7 @@ class Request:
     sampling: Sampling
     timeline: Timeline
     salt: str = ""  # requests of different salts never share blocks of a prefix
+    alone: bool = False  # it may be the end of a pass: computed in one of its own, behind the others'
     tokens: list[int] = field(init=False)  # all that are known: the prompt, then the answer
     computed: int = 0  # how many of them have keys and values in the cache
     blocks: list[int] = field(default_factory=list)  # where those lie, in order

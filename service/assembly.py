@@ -19,6 +19,7 @@ from service.limits import RateLimits
 from service.machine import memory_share
 from service.observe import Lives, Metrics, RequestLog
 from service.prompts import Prompts
+from service.quarantine import Quarantine
 from service.serving import UNLIMITED, Serving
 from service.settings import ServeConfig
 from service.watch import Watch
@@ -44,7 +45,7 @@ def assembled(
     metrics = Metrics(
         {name: str(about.get(name, "")) for name in ("name", "hash", "kernel", "weights", "device", "torch")}
     )
-    bridge = Bridge(model.engine, clock)
+    bridge = Bridge(model.engine, clock, Quarantine(settings.quarantine_minutes, clock))
     keys = Keys(settings.keys())
     context = bridge.engine.context or UNLIMITED
     limits = Limits(

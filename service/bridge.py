@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from engine.answer import Answer
 from engine.engine import Engine, StepTimes
 from engine.request import Choice, Sampling, StepFailed
+from service.quarantine import Quarantine, shown
 
 LOG = logging.getLogger(__name__)
 SOONEST_S, LATEST_S = 0.01, 1.0  # between two engines that fail one after the other
@@ -28,12 +29,13 @@ IDLE_S = 1.0  # an idle engine looks around that often: whether it is to end
 class Stream:
     """The answers to one prompt, on their way to the event loop. changed: set when there is something new, or an end.
 
-    why: the reason for giving it up, for the ledger of waste.
+    why: the reason for giving it up, for the ledger of waste. fingerprint: of its input, where that is of interest.
     """
 
     answers: list[Answer] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     why: str = "disconnect"
+    fingerprint: bytes = b""
 
     @property
     def done(self) -> bool:
@@ -86,8 +88,12 @@ class Bridge:
     step's times.
     """
 
-    def __init__(self, make: Callable[[], Engine], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, make: Callable[[], Engine], clock: Callable[[], float] = time.perf_counter,
+        quarantine: Quarantine | None = None,
+    ) -> None:  # fmt: skip
         self.make, self.clock = make, clock
+        self.quarantine = quarantine or Quarantine(0, clock)
         self.engine = self.new_engine()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.wake = threading.Event()
@@ -98,11 +104,13 @@ class Bridge:
         self.progress_s = clock()  # when the engine last began or ended a step
         self.working = False
         self.ready = True  # False while an engine is being replaced
+        self.no_engine: str | None = None  # why it cannot be replaced, while that lasts
         self.restarts = 0
         self.past: Counter[str] = Counter()  # the counts of engines that were replaced
         self.wasted: Counter[str] = Counter()  # tokens computed for nobody, by reason
         self.in_house = Area(clock)  # answers that the engine has
-        self.unfinished: set[Answer] = set()  # the same ones
+        self.unfinished: dict[Answer, Stream] = {}  # the same ones
+        self.failed: dict[Exception, list[bytes]] = {}  # passes that failed in this step -> whose inputs were in them
         self.residence_s = 0.0  # of those that have ended, from their own stamps
         self.useful = 0  # tokens computed for answers that were wanted to the end
         self.watch: Callable[[Engine, StepTimes | None], object] = lambda _engine, _times: None
@@ -114,9 +122,11 @@ class Bridge:
         self.loop = asyncio.get_running_loop()
         self.thread.start()
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling, n: int = 1, salt: str = "") -> Stream:
+    def submit(
+        self, prompt: Sequence[int], sampling: Sampling, n: int = 1, salt: str = "", fingerprint: bytes = b""
+    ) -> Stream:
         """n answers to one prompt. Refusal when it can never be served."""
-        stream = Stream()
+        stream = Stream(fingerprint=fingerprint)
 
         def listener(answer: Answer, choice: Choice | None) -> None:
             self.news.add(stream)
@@ -125,7 +135,8 @@ class Bridge:
 
         with self.swap:
             stream.answers = self.engine.prepared_many(prompt, sampling, n, salt=salt, listener=listener)
-            self.unfinished.update(stream.answers)
+            self.unfinished |= dict.fromkeys(stream.answers, stream)
+            self.set_apart(stream.answers, self.quarantine.suspected(fingerprint))
             self.in_house.change(n)
             self.engine.queue(stream.answers)
         self.wake.set()
@@ -178,8 +189,9 @@ class Bridge:
             busy = self.engine.step()
         except Exception as error:  # not in the forward pass, whose requests are told: in the engine itself
             self.fail_running(error)
-            self.replace_engine()
+            self.blame(well=0)
             self.tell()
+            self.replace_engine()
             self.pause_s = min(max(2 * self.pause_s, SOONEST_S), LATEST_S)
             time.sleep(self.pause_s)
             return True
@@ -189,8 +201,30 @@ class Bridge:
         except Exception:  # who only watches must not stop the work
             LOG.exception("the engine's step could not be watched")
         if self.engine.counts["failed_steps"]:
+            self.blame(well=self.engine.steps[-1].requests - sum(map(len, self.failed.values())))
+            self.tell()  # before: a new engine may take long
             self.replace_engine()
+        elif busy:
+            self.quarantine.went_well()
+        self.failed.clear()
         return busy
+
+    def blame(self, well: int) -> None:
+        """Those whose inputs were in passes that failed. well: how many others of the same step did not fail."""
+        if not self.quarantine.on:
+            return
+        if well:
+            self.quarantine.went_well()
+        with self.swap:
+            for found in self.quarantine.blame(list(self.failed.values())):
+                LOG.error("input %s failed the engine again: it is quarantined", shown(found))
+            for answer, stream in self.unfinished.items():
+                self.set_apart([answer], self.quarantine.suspected(stream.fingerprint))
+        self.failed.clear()
+
+    def set_apart(self, answers: Sequence[Answer], suspected: bool) -> None:
+        for answer in answers:
+            answer.request.alone = suspected
 
     def tell(self) -> None:
         """What is new since the last time, to the loop."""
@@ -209,15 +243,17 @@ class Bridge:
         return engine
 
     def fail_running(self, error: Exception) -> None:
-        engine = self.engine
+        engine, why = self.engine, StepFailed(f"the engine failed ({type(error).__name__}: {error})")
         for request in list(engine.scheduler.running):
-            request.error = StepFailed(f"the engine failed ({type(error).__name__}: {error})")
+            request.error = why
             engine.finish(engine.answers[request], "error", engine.clock())
 
     def replace_engine(self) -> None:
         """A new engine on the same network. Whom the failure did not concern goes on in it."""
         self.ready = False
-        old, new = self.engine, self.new_engine()
+        old, new = self.engine, self.engine_at_last()
+        if new is None:
+            return
         with self.swap:
             old.hand_over_to(new)
             self.past += Counter(old.counts)
@@ -225,10 +261,28 @@ class Bridge:
             self.restarts += 1
         self.ready = True
 
+    def engine_at_last(self) -> Engine | None:
+        """A new engine, however often it takes to get one; None when the bridge is to end meanwhile."""
+        pause_s = SOONEST_S
+        while not self.ending:
+            try:
+                new = self.new_engine()
+            except Exception as error:  # a lack of memory passes, and a thread that ends helps nobody
+                LOG.exception("no new engine could be made; the next try is in %.2f s", pause_s)
+                self.no_engine = type(error).__name__
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, LATEST_S)
+            else:
+                self.no_engine = None
+                return new
+        return None
+
     def close_books(self, answer: Answer, stream: Stream) -> None:
         """Whose tokens were for nothing, and why."""
         request = answer.request
-        self.unfinished.discard(answer)
+        self.unfinished.pop(answer, None)
+        if isinstance(request.error, StepFailed) and not isinstance(request.error.__cause__, MemoryError):
+            self.failed.setdefault(request.error, []).append(stream.fingerprint)
         self.in_house.change(-1)
         self.residence_s += request.timeline.finished - request.timeline.arrived
         ended_well = request.finish_reason in ("stop", "length")

@@ -102,6 +102,8 @@ class Metrics:
         self.step = histogram("engine_step_seconds", "a step of the engine", STEP_S)
         self.progress = gauge("engine_last_progress_timestamp_seconds", "when the engine last began or ended a step")
         self.restarts = counter("engine_restarts", "engines that were replaced", "reason")
+        self.quarantine = gauge("quarantine_inputs", "inputs that failed the engine", "state")
+        self.quarantine_refusals = counter("quarantine_refusals", "requests refused because their input is quarantined")
         self.retries = counter("client_retries", "requests that were sent again, by the client's own count")
         self.loop_lag = histogram("event_loop_lag_seconds", "how late the event loop wakes up", STEP_S)
         self.live = gauge("live", "1 while the engine gets on, 0 when a step does not end")

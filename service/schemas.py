@@ -30,6 +30,8 @@ UNSUPPORTED = {
 }  # fmt: skip
 WITHOUT_EFFECT = {"response_format": {"type": "text"}, "modalities": ["text"], "best_of": 1, "echo": False}
 
+SALT = "keys and values of a common beginning are shared only with requests of the same API key and the same salt"
+
 Short = Annotated[str, Field(max_length=512)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -105,6 +107,7 @@ class Asked(Strict):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Short | None = None
     prompt_cache_key: Short | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=512, description=SALT)] | None = None
 
     @field_validator("logit_bias", "metadata", mode="before")
     @classmethod

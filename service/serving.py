@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from engine.answer import Answer
-from engine.request import Refusal
+from engine.request import Refusal, Sampling
 from service.admission import Admission, Ticket
 from service.bridge import Bridge, Stream
 from service.errors import ApiError, invalid, too_long
 from service.life import Life
 from service.limits import RateLimits
 from service.prompts import Prompts
+from service.quarantine import fingerprint, shown
 from service.schemas import MOST_CHOICES, ChatRequest, CompletionRequest
 from service.settings import ServeConfig
 
@@ -131,13 +132,32 @@ class Serving:
             raise too_long(len(ids), new, self.context, name)
         self.admission.correct(job.ticket, len(ids), new)
         job.prompt_tokens = len(ids)
-        salt = job.key if self.settings.isolate_keys else ""
         try:
-            job.stream = self.bridge.submit(ids, asked.sampling(new), asked.n or 1, salt)
+            sampling = asked.sampling(new)
+            print = self.fingerprint(job, ids, sampling)
+            job.stream = self.bridge.submit(ids, sampling, asked.n or 1, self.salt(job), print)
         except Refusal as why:
             raise invalid(str(why), self.blamed(asked, str(why))) from why
         job.ticket.progress = job.stream
         job.life.requests = [answer.request for answer in job.answers]
+
+    def fingerprint(self, job: Job, ids: list[int], sampling: Sampling) -> bytes:
+        """Of its input, for the quarantine. ApiError 400 when that is refused."""
+        quarantine = self.bridge.quarantine
+        if not quarantine.on:
+            return b""
+        found = fingerprint(ids, sampling)
+        if quarantine.suspected(found):
+            job.life.facts["fingerprint"] = shown(found)
+        quarantine.check(found)
+        return found
+
+    def salt(self, job: Job) -> str:
+        """Whose prefixes it may share: with a salt of its own, those of the same key that give the same one."""
+        own = job.asked.cache_salt
+        if own is not None:
+            return f"{job.key}:{own}"
+        return job.key if self.settings.isolate_keys else ""
 
     def blamed(self, asked: ChatRequest | CompletionRequest, why: str) -> str:
         """The field that a refusal of the engine's is about."""
@@ -199,6 +219,8 @@ class Serving:
         error = next((answer.request.error for answer in job.answers if answer.request.error), None)
         if error is not None:
             job.stream.why = "engine_error"
+            if job.stream.fingerprint:
+                job.life.facts["fingerprint"] = shown(job.stream.fingerprint)
             job.life.facts["error"] = f"{type(error).__name__}: {error}"[
                 :500
             ]  # for the log: a client learns no insides

@@ -39,6 +39,9 @@ class ServeConfig(EngineConfig):
     heartbeat: float = knob(15.0, "seconds between signs of life while a stream has nothing to say", least=0.1)
     drain_timeout: float = knob(30.0, "seconds for what is running when the service is told to end", least=0)
     stall_after: float = knob(60.0, "seconds after which a step that does not end makes /health/live fail", least=0.1)
+    quarantine_minutes: float = knob(
+        10.0, "for which an input is refused that failed the engine twice; 0 = never", least=0
+    )
     requests_per_minute: int = knob(0, "of each key; 0 = no limit", least=0)
     tokens_per_minute: int = knob(0, "of each key, prompt and answer together; 0 = no limit", least=0)
     isolate_keys: bool = knob(False, "never share a prefix's keys and values between API keys")

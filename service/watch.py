@@ -124,7 +124,10 @@ class Watch:
         dead = not self.bridge.thread.is_alive()
         found = {"status": "stalled" if stalled_s > limit_s or dead else "ok", "running": self.bridge.seen().running,
                  "last_step_age_s": round(stalled_s, 3), "threshold_s": round(limit_s, 3)}  # fmt: skip
-        return found | ({"reason": "the engine's thread has ended"} if dead else {})
+        why = "the engine's thread has ended" if dead else self.bridge.no_engine and (
+            f"a failed engine could not be replaced yet ({self.bridge.no_engine}); it is tried again and again"
+        )  # fmt: skip
+        return found | ({"reason": why} if why else {})
 
     def admitting(self) -> dict[str, Any]:
         """Whether a new request would be let in, and if not, why."""
@@ -148,7 +151,7 @@ class Watch:
         elif status == "ok" and (broken or self.serving.admission.closed):
             status = "degraded"
         return {"status": status, "broken_laws": broken, "live": self.alive(), "ready": self.admitting(),
-                "engine_restarts": self.bridge.restarts}  # fmt: skip
+                "engine_restarts": self.bridge.restarts, **self.bridge.quarantine.counts()}  # fmt: skip
 
     def capacity(self) -> dict[str, Any]:
         admission = self.serving.admission
@@ -182,6 +185,9 @@ class Watch:
         self.raise_to(m.computed_tokens, bridge.count("computed"))
         self.raise_to(m.generated_tokens, bridge.count("delivered"))
         self.raise_to(m.restarts.labels("step_failed"), bridge.restarts)
+        self.raise_to(m.quarantine_refusals, bridge.quarantine.refused)
+        for state, count in bridge.quarantine.counts().items():
+            m.quarantine.labels(state).set(count)
         for reason, tokens in dict(bridge.wasted).items():
             self.raise_to(m.wasted_tokens.labels(reason), tokens)
         for kind, value in device_memory().items():
