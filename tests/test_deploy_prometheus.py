@@ -1,25 +1,14 @@
 """deploy/prometheus: its rules are right as rules, and a real Prometheus finds data for them and fires every alert."""
 
 import re
-import shutil
 import subprocess
-from typing import Any
 
 import pytest
 import yaml
+from alert_play import Play, played
+from prometheus_kit import FOLDER, hastened, needs_prometheus, needs_promtool, rules
 
 from config import ROOT
-
-FOLDER = ROOT / "deploy" / "prometheus"
-
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="no promtool is installed here (Debian: apt-get install prometheus)"
-)
-
-
-def rules(file: str) -> list[dict[str, Any]]:
-    return [rule for group in yaml.safe_load((FOLDER / file).read_text())["groups"] for rule in group["rules"]]
-
 
 ALERTS = {rule["alert"]: rule for rule in rules("alerts.yml")}
 RECORDS = [rule["record"] for rule in rules("recording.yml")]
@@ -75,3 +64,58 @@ def test_the_runbook_has_an_entry_for_every_alert():
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
     anchors |= set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
     assert {alert["annotations"]["runbook"].partition("#")[2] for alert in ALERTS.values()} <= anchors
+
+
+# ---- a real Prometheus under a real load
+
+NOT_YET = {"LlmServeBreakerOpen", "LlmServeDegraded"}
+# What a busy machine does to a service that shares its process with three others in trouble.
+LATE = {"LlmServeEventLoopLate", "LlmServeFirstTokenSlow", "LlmServeTokensSlow", "LlmServePredictionOff"}
+FIRED = [name for name in ALERTS if name not in NOT_YET]
+
+
+@pytest.fixture(scope="module")
+def play(checkpoint_folder, tmp_path_factory):
+    with played(checkpoint_folder, tmp_path_factory.mktemp("play")) as found:
+        yield found
+
+
+def test_haste_shortens_durations_and_nothing_else():
+    text = "for: 5m\nexpr: rate(llmserve:failed:ratio_rate1h[1h]) > 0.5 # 15s, p99_5m, 500 ms"
+    assert hastened(text) == "for: 5s\nexpr: rate(llmserve:failed:ratio_rate1h[1m]) > 0.5 # 250ms, p99_5m, 500 ms"
+
+
+@needs_prometheus
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRED)
+def test_an_alert_fires_when_its_trouble_is_real_and_tells_of_it(play: Play, name: str):
+    found = [alert for (fired, _), alert in play.fired.items() if fired == name]
+    assert found, f"{name} did not fire"
+    for alert in found:
+        notes = alert["annotations"]
+        assert "<no value>" not in str(notes) and "error" not in notes["summary"].lower().replace("engine error", "")
+        assert alert["labels"]["job"].startswith("llmserve-")
+
+
+@needs_prometheus
+@pytest.mark.slow
+def test_the_service_that_was_well_alarmed_nobody(play: Play):
+    assert {name for name, job in play.fired if job == "llmserve-well"} <= LATE
+    assert play.prometheus.series('sum(rate(llmserve_requests_total{job="llmserve-well", outcome="ok"}[5s])) > 1')
+
+
+@needs_prometheus
+@pytest.mark.slow
+def test_every_recording_rule_has_data(play: Play):
+    empty = [record for record in RECORDS if not play.prometheus.series(f'{record}{{job="llmserve-slow"}}')]
+    assert empty == []
+
+
+@needs_prometheus
+@pytest.mark.slow
+def test_every_rule_could_be_evaluated(play: Play):
+    groups = play.prometheus.data("rules")["groups"]
+    assert sum(len(group["rules"]) for group in groups) == len(ALERTS) + len(RECORDS)
+    assert {
+        rule["name"]: rule["lastError"] for group in groups for rule in group["rules"] if rule.get("lastError")
+    } == {}
