@@ -12,7 +12,7 @@ counting tokens twice, and by looking at its own CPU time. What this client can 
     python3 load_test.py --selfcheck              # against servers whose delays are known
 """
 
-from config import ROOT, Recorded, UserError, check_packages, knob, listed
+from config import Recorded, UserError, check_packages, knob, listed
 
 if __name__ == "__main__":
     check_packages("httptools", "orjson", "prometheus_client", target="serve", requirements="requirements-serve.txt")
@@ -22,11 +22,7 @@ import json
 import math
 import os
 import resource
-import select
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -40,8 +36,8 @@ from lab.verdict import t_half_width
 from load import ceiling, measure, plan, selfcheck, server, tables, words
 from load.plan import Cell
 from load.prompts import Prompts, SharedPrefix
+from load.start import started
 
-START_S = 600.0  # a model may have to be converted first
 CONCURRENCY, QUICK_CONCURRENCY = "1,4,16", "1,4"
 MOST_STEPS = 6  # halvings of a search, and doublings before them
 MOST_ROUNDS = 30  # of --until
@@ -359,26 +355,9 @@ def served(config: LoadConfig) -> Iterator[str]:
     if not config.start:
         yield config.url.rstrip("/")
         return
-    command = [sys.executable, str(ROOT / "serve.py"), "--port", "0", "--log-file", os.devnull]
-    command += ["--model", config.model] if config.model else []
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        yield address_of(process)
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        process.kill()
-
-
-def address_of(process: subprocess.Popen) -> str:
-    end_s = time.monotonic() + START_S
-    while time.monotonic() < end_s and process.poll() is None:
-        if select.select([process.stdout], [], [], 1.0)[0]:
-            line = process.stdout.readline()
-            if " at http" in line:
-                return line.rsplit(" at ", 1)[1].strip()
-    raise UserError(f"serve.py did not start (status {process.poll()}): try `python3 serve.py` by itself.")
+    options = ["--log-file", os.devnull, *(["--model", config.model] if config.model else [])]
+    with started(options) as service:
+        yield service.url
 
 
 if __name__ == "__main__":
