@@ -73,9 +73,12 @@ async def connected(place: Place) -> "Wire":
 
 
 class Wire(asyncio.Protocol):
-    """One request after the other. lost: it is closed, from whichever side. pieces: so many came on all of them."""
+    """One request after the other. lost: it is closed, from whichever side.
 
-    pieces = 0
+    asked, pieces: so many requests were written, and so many pieces of answers came, on all of them.
+    """
+
+    asked = pieces = 0
 
     def __init__(self) -> None:
         self.lost = False
@@ -92,6 +95,7 @@ class Wire(asyncio.Protocol):
         self.parser = httptools.HttpResponseParser(self)
         self.done = asyncio.get_running_loop().create_future()
         self.transport.write(raw)
+        Wire.asked += 1
         try:
             await self.done
         finally:

@@ -108,6 +108,7 @@ class Metrics:
         self.loop_lag = histogram("event_loop_lag_seconds", "how late the event loop wakes up", STEP_S)
         self.live = gauge("live", "1 while the engine gets on, 0 when a step does not end")
         self.ready = gauge("ready", "1 while a new request would be let in")
+        self.tasks = gauge("event_loop_tasks", "tasks of the event loop: more and more of them are a leak")
         self.law = gauge("law_ok", "1 while the books agree", "law")
         self.memory = gauge("device_memory_bytes", "memory by kind", "kind")
         self.utilisation = gauge("device_utilization_ratio", "how busy the device is")

@@ -180,6 +180,7 @@ class Watch:
         m.kv_block_size.set(bridge.engine.scheduler.blocks.size)
         m.predicted_wait.set(admission.predicted_wait_s(1, 100))
         m.progress.set(bridge.progress_at())
+        m.tasks.set(len(asyncio.all_tasks()))
         for law, holds in self.laws.items():
             m.law.labels(law).set(holds)
         self.raise_to(m.computed_tokens, bridge.count("computed"))
