@@ -3,6 +3,7 @@
 # make check   format and lint                  make bench       the claims of the README, measured here
 # make serve   the service on http://127.0.0.1:8000
 # make bench-serve   start it, measure it with the standard matrix, write the report: ten minutes
+# make soak    two hours of everything that strangers do: does the service stay what it was?
 # make peers   llama.cpp, vLLM and guidellm in environments of their own, for make bench to compare with
 # make run ARGS="--quick --breakdown" hands arguments on.
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run serve test test-fast check format bench bench-serve peers clean
+.PHONY: run serve test test-fast check format bench bench-serve soak peers clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.run
@@ -42,6 +43,9 @@ bench: $(VENV)/.serve
 bench-serve: $(VENV)/.serve
 	@$(BIN)/python load_test.py --start --concurrency 1,4,8,16 --prompt-tokens 32,256 --max-new-tokens 16,64 $(ARGS)
 	@$(BIN)/python report.py
+
+soak: $(VENV)/.serve
+	@$(BIN)/python -m experiments.soak $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-openai2 .venv-openai2.lock .peers .pytest_cache .ruff_cache .hypothesis

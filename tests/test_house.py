@@ -22,7 +22,8 @@ ROWS = {
     "load_test": 5, "experiments": 5,
     "benchmarks": 6,  # they may run the scripts themselves
 }  # fmt: skip
-TORCH_FREE = ("config", "metrics", "tokenizer", "report", "lab.records", "lab.checklist", "lab.verdict", "lab.roofline",
+TORCH_FREE = ("load.start", "load.looks", "load.mixed", "lab.soak_judge", "lab.soak_tables", "lab.soak_plots",
+              "config", "metrics", "tokenizer", "report", "lab.records", "lab.checklist", "lab.verdict", "lab.roofline",
               "lab.request_tables", "lab.request_words", "lab.console", "lab.fits", "lab.sampler", "weights.find",
               "weights.hub", "weights.gguf_cache", "weights.random_init", "batcher",
               "lab.arrivals", "lab.simulation", "lab.prompts", "lab.batch_trial", "lab.batch_figures",

@@ -1,0 +1,123 @@
+"""What a soak's judge says of series whose truth is known: it finds a leak in the noise, and accuses nobody else."""
+
+import numpy as np
+import pytest
+
+from lab import soak_judge
+from lab.soak_judge import MIB
+
+HOURS, EVERY_S = 2.0, 10.0
+
+
+def looks(leak_mib_per_hour: float, noise: str = "white", seed: int = 0, hours: float = HOURS) -> list[dict]:
+    """Memory over two hours. white: every look by itself; waves: what comes, stays for minutes."""
+    dice, count = np.random.default_rng(seed), round(hours * 3600 / EVERY_S)
+    wild = dice.normal(0, 1.0 if noise == "white" else 0.15, count)
+    if noise == "waves":
+        for i in range(1, count):
+            wild[i] += 0.95 * wild[i - 1]
+    at = np.arange(count) * EVERY_S
+    sizes = (200 + leak_mib_per_hour * at / 3600 + wild) * MIB
+    return [{"at": float(a), "bytes": float(b)} for a, b in zip(at, sizes, strict=True)]
+
+
+def lap(p99: float, anchor_s: float = 0.01) -> dict:
+    figure = {"p50": p99 / 3, "p99": p99, "n": 1000, "certified": ["p50", "p99"]}
+    return {"ttft_s": figure, "e2e_s": figure, "anchor_s": anchor_s}
+
+
+def rest(at: float = 0.0, **other: int) -> dict:
+    found = {"ok": True, "files": 10, "threads": 7, "tasks": 4, "written": 100, "doubtful": 0, "scrape_s": 0.01}
+    return {"at": at, "broken": [], "outcomes": {"ok": 90, "cancelled": 10}} | found | other
+
+
+@pytest.mark.parametrize("noise", ["white", "waves"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_leak_of_five_mib_an_hour_is_found_in_the_noise(noise, seed):
+    assert soak_judge.memory(looks(5.0, noise, seed)).holds is False
+
+
+@pytest.mark.parametrize("noise", ["white", "waves"])
+@pytest.mark.parametrize("seed", range(5))
+def test_memory_that_only_wavers_is_no_leak(noise, seed):
+    assert soak_judge.memory(looks(0.0, noise, seed)).holds is not False
+    assert soak_judge.memory(looks(0.0, "white", seed)).holds is True
+
+
+def test_growth_that_lies_on_the_limit_gets_no_verdict():
+    assert [soak_judge.memory(looks(1.0, "waves", seed)).holds for seed in range(8)].count(None) >= 5
+
+
+def test_a_single_peak_moves_no_slope():
+    found = looks(0.0)
+    found[-1]["bytes"] += 500 * MIB
+    assert soak_judge.memory(found).holds is True
+
+
+def test_a_short_run_proves_nothing_but_a_large_leak():
+    assert soak_judge.memory(looks(0.0, hours=0.1)).holds is None
+    assert (
+        "too short, give it 20 min" in soak_judge.memory(looks(20.0, hours=0.1)).measured
+    )  # 2 MiB: a cache may be that
+    assert soak_judge.memory(looks(200.0, hours=0.1)).holds is False  # 20 MiB in six minutes
+
+
+def test_too_few_looks_are_no_series():
+    found = soak_judge.memory(looks(5.0)[:5])
+    assert found.holds is None and found.measured == "5 looks; 12 are needed"
+
+
+def test_answers_that_get_slower_by_a_third_are_found_and_by_nothing_are_not():
+    dice = np.random.default_rng(0)
+    noisy = [0.1 * float(value) for value in np.exp(dice.normal(0, 0.05, 90))]
+    assert soak_judge.drift([lap(value) for value in noisy], "ttft_s").holds is True
+    slower = [value * (1 + 0.3 * (i >= 60)) for i, value in enumerate(noisy)]
+    assert soak_judge.drift([lap(value) for value in slower], "ttft_s").holds is False
+
+
+def test_wild_latencies_get_no_verdict_and_are_told_how_many_more_laps_there_must_be():
+    dice = np.random.default_rng(0)
+    wild = [lap(0.1 * float(value)) for value in np.exp(dice.normal(0, 0.8, 30))]
+    found = soak_judge.drift(wild, "e2e_s")
+    assert found.holds is None and "more rounds" in found.measured
+
+
+def test_laps_of_a_slow_machine_do_not_count_as_drift():
+    """The machine's clock changed: a fixed piece of work took half as long again, and so did every answer."""
+    laps = [lap(0.1) for _ in range(20)] + [lap(0.15, anchor_s=0.015) for _ in range(3)] + [lap(0.1) for _ in range(7)]
+    found = soak_judge.drift(laps, "ttft_s")
+    assert found.holds is True and "3 dropped" in found.measured
+
+
+@pytest.mark.parametrize("name", ["files", "threads", "tasks"])
+def test_one_more_with_every_lap_is_a_leak_and_two_more_at_times_are_none(name):
+    assert soak_judge.flat([rest(**{name: 10 + i}) for i in range(10)], name).holds is False
+    assert soak_judge.flat([rest(**{name: 10 + i % 3}) for i in range(10)], name).holds is True
+    assert soak_judge.flat([rest()], name).holds is None
+
+
+def test_books_that_miss_a_request_do_not_add_up():
+    assert soak_judge.books([rest(), rest()]).holds is True
+    found = soak_judge.books([rest(), rest(60.0, written=101)])
+    assert found.holds is False and "at 60 s 100 for 101" in found.measured
+    assert soak_judge.books([rest(written=99)]).holds is False  # one counted twice
+    assert soak_judge.books([rest(written=101, doubtful=1)]).holds is True
+
+
+def test_a_broken_law_and_a_silent_service_are_told():
+    assert soak_judge.laws([rest()]).holds is True
+    assert soak_judge.laws([rest(), rest(broken=["little"])]).measured.startswith("broken: little")
+    assert soak_judge.laws([rest(), rest(broken=["little"])]).holds is False
+    assert soak_judge.laws([rest(), {"ok": False, "scrape_s": 5.0}]).holds is False
+
+
+def test_ends_that_were_not_due_are_failures():
+    assert soak_judge.as_expected({"answered": 90, "left": 9, "refused": 1}).holds is True
+    found = soak_judge.as_expected({"answered": 90, "failed: cut": 2})
+    assert found.holds is False and found.measured == "2 failed: cut"
+
+
+def test_another_answer_to_the_same_prompt_is_a_failure():
+    assert soak_judge.same_answer("a", "a").holds is True
+    assert soak_judge.same_answer("a", "b").holds is False
+    assert soak_judge.same_answer("a", None).holds is None
