@@ -151,18 +151,28 @@ class Watch:
         elif status == "ok" and (broken or self.serving.admission.closed):
             status = "degraded"
         return {"status": status, "broken_laws": broken, "live": self.alive(), "ready": self.admitting(),
-                "engine_restarts": self.bridge.restarts, **self.bridge.quarantine.counts()}  # fmt: skip
+                "engine_restarts": self.bridge.restarts, "now": self.now(),
+                **self.bridge.quarantine.counts()}  # fmt: skip
+
+    def now(self) -> dict[str, Any]:
+        """How full it is, for whoever looks on. predicted_wait_s: a newcomer's with 100 tokens, to the first of his."""
+        admission, state = self.serving.admission, self.bridge.seen()
+        return {
+            "slots": admission.limits.slots, "running": state.running,
+            "queue": admission.limits.queued, "waiting": state.waiting,
+            "kv_blocks": state.kv_blocks, "kv_held": state.kv_held,
+            "predicted_wait_s": round(admission.predicted_wait_s(1, 100), 3),
+        }  # fmt: skip
 
     def capacity(self) -> dict[str, Any]:
         admission = self.serving.admission
-        limits, rates, state = admission.limits, admission.rates, self.bridge.seen()
-        return {
-            "slots": limits.slots, "queue": limits.queued, "tokens": limits.tokens, "context": self.serving.context,
+        limits, rates = admission.limits, admission.rates
+        return self.now() | {
+            "tokens": limits.tokens, "context": self.serving.context,
             "decode_tokens_per_s": round(limits.slots / rates.step(limits.slots), 1),
             "decode_tokens_per_s_alone": round(1 / rates.step(1), 1),
             "prefill_tokens_per_s": round(rates.prefill_tokens_s / rates.drift, 1), "drift": round(rates.drift, 3),
-            "max_wait_s": limits.patience_s, "predicted_wait_s": round(admission.predicted_wait_s(1, 100), 3),
-            "requests": admission.answers, "waiting": state.waiting, "running": state.running,
+            "max_wait_s": limits.patience_s, "requests": admission.answers,
         }  # fmt: skip
 
     def refresh(self) -> None:
