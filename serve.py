@@ -106,6 +106,7 @@ def greet(address: str, house: Any) -> None:
         f"{number(found['decode_tokens_per_s'])} for {found['slots']} together, prompts at "
         f"{number(found['prefill_tokens_per_s'])} tokens/s",
         f"  ready {process_age_s():.1f} s after the start; Ctrl-C ends it",
+        *([f"  open {address} in a browser to talk to it, or paste:"] if house.serving.settings.page else []),
         "",
         f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
     ]

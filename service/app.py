@@ -19,6 +19,7 @@ from service.guard import BROKEN, Guard, Headers
 from service.keys import Keys
 from service.life import Life, server_timing
 from service.openapi import described
+from service.page import add_page
 from service.protocol import Reply, usage
 from service.schemas import ChatRequest, CompletionRequest, parsed, validated
 from service.sending import END, HEARTBEAT, ClientLeft, Events, event, told, unless_left, whole
@@ -69,6 +70,8 @@ def make_app(house: House) -> Guard:
                            allow_headers=["*"])  # fmt: skip
     add_completions(app, house)
     add_views(app, house)
+    if settings.page:
+        add_page(app)
     described(app, house.name)
 
     def ended(life: Life) -> None:

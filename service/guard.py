@@ -90,7 +90,7 @@ class Guard:
 
     def born(self, scope: dict, headers: Headers) -> Life:
         life = Life(self.clock, f"req-{secrets.token_hex(12)}", self.clock())
-        life.endpoint = ENDPOINTS.get(scope["path"], "other")
+        life.endpoint = ENDPOINTS.get(scope["path"], "page" if scope["path"].startswith("/page/") else "other")
         theirs = headers.get("x-request-id", "")
         life.facts |= {"method": scope["method"][:16], "route": life.endpoint}
         if ID.fullmatch(theirs):

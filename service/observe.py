@@ -15,7 +15,7 @@ PREFIX = "llmserve"
 ENDPOINTS = {
     "/v1/chat/completions": "chat", "/v1/completions": "completions", "/v1/models": "models", "/metrics": "metrics",
     "/health": "health", "/health/live": "health", "/health/ready": "health", "/capacity": "capacity",
-    "/config": "config",
+    "/config": "config", "/": "page",
 }  # fmt: skip
 # As OpenTelemetry has them for time to the first token and for a whole request, with longer ones for CPUs.
 FIRST_TOKEN_S = (

@@ -45,6 +45,7 @@ class ServeConfig(EngineConfig):
     requests_per_minute: int = knob(0, "of each key; 0 = no limit", least=0)
     tokens_per_minute: int = knob(0, "of each key, prompt and answer together; 0 = no limit", least=0)
     isolate_keys: bool = knob(False, "never share a prefix's keys and values between API keys")
+    page: bool = knob(True, "a chat for people at /", flags={"--no-page": False})
     cors_origin: str | None = knob(None, "let browsers of this origin ask (CORS); * is everybody's")
     ignore_unknown: bool = knob(False, "drop fields that are not known, and name them in x-ignored-params")
     log_prompts: bool = knob(False, "write prompts and answers into the log")

@@ -1,0 +1,48 @@
+// How full the server is now: asked about once a second, and only while somebody looks.
+
+import { percent, roughly } from "./figures.js";
+
+const EVERY_MS = 1000, LATER_MS = 4000;
+
+/** Calls show(health), or show(null) when nobody answers. */
+export function watchServer(show) {
+  let timer = null;
+  async function look() {
+    clearTimeout(timer);
+    timer = null;
+    if (document.visibilityState !== "visible") return;
+    const health = await fetch("/health").then((response) => response.json()).catch(() => null);
+    show(health);
+    clearTimeout(timer);
+    timer = setTimeout(look, health ? EVERY_MS : LATER_MS);
+  }
+  document.addEventListener("visibilitychange", look);
+  look();
+}
+
+export function drawServer(health, word) {
+  const status = document.querySelector("#status");
+  const state = stateOf(health);
+  status.dataset.state = state;
+  status.title = health?.ready.reason ?? "";
+  if (status.textContent !== word(state)) status.textContent = word(state); // a screen reader hears changes only
+  document.querySelector("#now").hidden = !health?.now;
+  if (!health?.now) return;
+  const { slots, running, queue, waiting, kv_blocks: blocks, kv_held: held, predicted_wait_s: waitS } = health.now;
+  meter("slots", word("of", { some: running, all: slots }), running / slots);
+  meter("queue", word("of", { some: waiting, all: queue }), waiting / queue);
+  meter("kv", percent(held / blocks), held / blocks);
+  document.querySelector("#wait").textContent = roughly(waitS);
+}
+
+function stateOf(health) {
+  if (health === null) return "unreachable";
+  if (health.status !== "ok" || health.ready.ready) return health.status;
+  return health.ready.reason === "full" ? "full" : "closed";
+}
+
+function meter(id, text, share) {
+  const value = document.querySelector(`#${id}`);
+  value.textContent = text;
+  value.nextElementSibling.style.setProperty("--share", `${Math.min(100 * share, 100)}%`);
+}
