@@ -37,7 +37,10 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class StepTimes:
-    """One step: when it started, was planned, was computed, had delivered (s); how many tokens of how many requests."""
+    """One step: when it started, was planned, was computed, had delivered (s); how many tokens of how many requests.
+
+    context: tokens whose keys and values were read, of all requests together.
+    """
 
     start: float
     planned: float
@@ -45,6 +48,7 @@ class StepTimes:
     end: float
     tokens: int
     requests: int
+    context: int = 0
 
 
 class Engine:
@@ -184,9 +188,10 @@ class Engine:
         results = self.compute(slices)
         computed = self.clock()
         tokens = sum(part.count for part in slices)
+        context = sum(part.start + part.count for part in slices)
         self.counts["steps"] += 1
         self.deliver(slices, results, start, computed)
-        self.steps.append(StepTimes(start, planned, computed, self.clock(), tokens, len(slices)))
+        self.steps.append(StepTimes(start, planned, computed, self.clock(), tokens, len(slices), context))
         return True
 
     def read_inbox(self, now: float) -> None:

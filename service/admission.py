@@ -11,14 +11,16 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from heapq import heapify, heapreplace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from service.errors import ApiError
+from service.foretelling import Foreteller, Foretold, Seat
+from service.rates import Rates
 
 SOONEST_S, LATEST_S = 0.5, 60.0  # of Retry-After
-LARGEST_SHARE = 0.9  # of the house that one key may fill, where there are several
+KEPT_SHARE = 0.1  # of the house that no key may fill alone, where there are several; and a place for each other one,
+MOST_KEPT = 0.5  # up to so much
 MOST_RETRIES = 0.1  # of those admitted while others wait (the retry budget of the SRE book, chapter 21)
 FRESH_S = 0.05  # how old the figures of a refusal may be
 REMEMBERED = 100  # admissions that the retry budget looks back on
@@ -28,53 +30,35 @@ REMEMBERED = 100  # admissions that the retry budget looks back on
 class Limits:
     """slots: answers computed at once. queued: answers that may wait. tokens: what all in the house may add up to.
 
-    patience_s: the longest predicted wait in the queue that is still let in. shared: several keys share the house.
+    patience_s: the longest predicted wait in the queue that is still let in. keys: so many share the house.
+    step_tokens: computed in one step.
     """
 
     slots: int
     queued: int
     tokens: int
     patience_s: float
-    shared: bool = False
+    keys: int = 1
+    step_tokens: int = 512
 
     @property
     def places(self) -> int:
         return self.slots + self.queued
 
 
-@dataclass
-class Rates:
-    """What the engine does, as measured: seconds of a step with so many answers in it, and prompt tokens a second.
-
-    drift: how much slower it has become since then, learned from every step.
-    """
-
-    step_s: float
-    each_s: float
-    prefill_tokens_s: float
-    drift: float = 1.0
-
-    def step(self, answers: int) -> float:
-        return (self.step_s + self.each_s * answers) * self.drift
-
-    def prefill(self, tokens: int) -> float:
-        return tokens / self.prefill_tokens_s * self.drift
-
-    def learn(self, tokens: int, answers: int, took_s: float) -> None:
-        """A step of so many tokens for so many answers. Slowly: single steps are noisy, and one may hang."""
-        prompt_tokens = tokens - answers  # the others' one token each is in step()
-        slower = took_s / (self.step(answers) + self.prefill(prompt_tokens))  # than by what is known so far
-        self.drift = min(max(self.drift * (0.98 + 0.02 * min(max(slower, 0.5), 2.0)), 0.1), 100.0)
-
-
 class Progress(Protocol):
-    """What is known of an admitted request, once the engine has it."""
+    """What is known of an admitted request, once the engine has it.
+
+    seats: its answers that the engine has and that have not ended. ended: of the others, how many new tokens they had,
+    and whether they ended before they had to.
+    """
 
     @property
     def started(self) -> bool: ...
 
-    @property
-    def delivered(self) -> int: ...
+    def seats(self) -> list[Seat]: ...
+
+    def ended(self) -> list[tuple[int, bool]]: ...
 
 
 @dataclass(eq=False)
@@ -96,15 +80,10 @@ class Ticket:
     def started(self) -> bool:
         return self.progress is not None and self.progress.started
 
-    @property
-    def left(self) -> float:
-        """New tokens of an answer that are still to come, at the most."""
-        done = self.progress.delivered / self.answers if self.progress else 0
-        return max(self.new_tokens - done, 0)
-
-    @property
-    def prompt_left(self) -> int:
-        return 0 if self.progress is not None and self.progress.delivered else self.prompt_tokens
+    def seats(self) -> list[Seat]:
+        if self.progress is not None:
+            return self.progress.seats()
+        return [Seat(max(self.prompt_tokens, 1), 0, self.new_tokens, self.prompt_tokens, False)]
 
 
 @dataclass(frozen=True)
@@ -134,7 +113,10 @@ class Admission:
     closed: str | None = None  # why nobody is let in any more: "drain", or "memory" for a while
     retried: deque[bool] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     clock: Callable[[], float] = time.perf_counter
-    crowd_seen: "Crowd | None" = None
+    crowd_seen: Crowd | None = None
+
+    def __post_init__(self) -> None:
+        self.foreteller = Foreteller(self.rates, self.limits.slots, self.limits.step_tokens)
 
     @property
     def waiting(self) -> list[Ticket]:
@@ -164,13 +146,13 @@ class Admission:
         """
         self.check_door(key, answers)
         ticket = Ticket(answers, prompt_tokens, new_tokens, key)
-        if self.inside and self.tokens + ticket.tokens > self.limits.tokens * self.share(key):
-            raise self.full("tokens", self.predicted_wait_s(answers, prompt_tokens), deadline_s)
+        foretold = self.foretold(prompt_tokens)
+        ticket.predicted_s = foretold.first_token_s
+        if self.too_many_tokens(ticket):
+            raise self.full("tokens", ticket.predicted_s, deadline_s)
         if retry and self.waiting and self.retried.count(True) >= MOST_RETRIES * REMEMBERED:
-            raise self.full("retries", self.predicted_wait_s(answers, prompt_tokens), deadline_s)
-        ticket.predicted_s = self.predicted_wait_s(answers, prompt_tokens)
-        queue_s = self.predicted_wait_s(answers, 0)  # without its own prompt, which is no waiting
-        if self.inside and queue_s > self.limits.patience_s * self.share(key):
+            raise self.full("retries", ticket.predicted_s, deadline_s)
+        if self.inside and foretold.start_s > self.limits.patience_s * self.share(key):
             raise self.full("wait", ticket.predicted_s, deadline_s)
         service_s = (new_tokens - 1) * self.rates.step(self.busy(answers))
         if ticket.predicted_s + service_s > deadline_s:
@@ -191,8 +173,7 @@ class Admission:
             raise self.refusal(
                 "server_overloaded", "The server is short of memory: try again later.", "memory", 5.0, "shed_memory"
             )
-        room = self.limits.places * self.share(key)
-        if self.answers + self.at_door + answers > max(room, 1):
+        if self.answers + self.at_door + answers > max(self.room(key), 1):
             raise self.full("requests", self.crowd().wait_s, None)
 
     def knock(self, key: str) -> None:
@@ -205,13 +186,28 @@ class Admission:
         self.at_door -= 1
         self.crowd_seen = None
 
+    def room(self, key: str) -> float:
+        """The places that this key may fill. Whoever is inside leaves some for the first requests of the others."""
+        places, inside = self.limits.places, {ticket.key for ticket in self.inside}
+        if self.limits.keys == 1 or key not in inside:
+            return places
+        absent = self.limits.keys - len(inside)
+        return places - min(max(KEPT_SHARE * places, absent), MOST_KEPT * places)
+
     def share(self, key: str) -> float:
-        """The part of the house that this key may fill: not all, so that another one's first request finds room."""
-        others = self.limits.shared and any(ticket.key == key for ticket in self.inside)
-        return LARGEST_SHARE if others else 1.0
+        """The same as a part of the house, for what is not counted in places."""
+        return self.room(key) / self.limits.places
+
+    def too_many_tokens(self, ticket: Ticket, instead_of: Ticket | None = None) -> bool:
+        """Whether the others leave too little for it. Alone it may be larger than all that there is."""
+        others = sum(one.tokens for one in self.inside if one is not instead_of)
+        return others > 0 and others + ticket.tokens > self.limits.tokens * self.share(ticket.key)
 
     def correct(self, ticket: Ticket, prompt_tokens: int, new_tokens: int) -> None:
-        """What the tokenizer counted, in place of the estimate."""
+        """What the tokenizer counted, in place of the estimate. ApiError 503 when there is no room for so much."""
+        counted = replace(ticket, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        if counted.tokens > ticket.tokens and self.too_many_tokens(counted, ticket):
+            raise self.full("tokens", ticket.predicted_s, None)
         ticket.prompt_tokens, ticket.new_tokens = prompt_tokens, new_tokens
         self.crowd_seen = None
 
@@ -220,6 +216,8 @@ class Admission:
         if ticket in self.inside:
             self.inside.remove(ticket)
             self.crowd_seen = None
+            for tokens, early in ticket.progress.ended() if ticket.progress else ():
+                self.foreteller.lengths.learn(tokens, early)
 
     # ---- foretelling
 
@@ -227,23 +225,16 @@ class Admission:
         """Slots in use, with so many more answers."""
         return min(self.answers + more, self.limits.slots)
 
-    def predicted_wait_s(self, answers: int, prompt_tokens: int) -> float:
-        """Seconds until a newcomer's first token: until enough slots are free, and all prompts before it are computed.
+    def foretold(self, prompt_tokens: int) -> Foretold:
+        """When a newcomer with such a prompt would have its first step, and its first token."""
+        return self.foreteller.foretold(self.seats(), prompt_tokens, self.at_door)
 
-        Each slot is freed when its answer has its last token; those who wait take the first slot that is free. Prompts
-        are computed in between, at the rate of prefill, whoever's they are.
-        """
-        step_s = self.rates.step(max(self.busy(answers), 1))
-        slots = [ticket.left * step_s for ticket in self.inside if ticket.started for _ in range(ticket.answers)]
-        slots = sorted(slots)[: self.limits.slots]
-        slots += [0.0] * (self.limits.slots - len(slots))
-        heapify(slots)
-        for ticket in self.waiting:
-            for _ in range(ticket.answers):
-                heapreplace(slots, slots[0] + ticket.new_tokens * step_s)
-        start = sorted(slots)[min(answers, len(slots)) - 1]
-        prompts = prompt_tokens + sum(ticket.prompt_left for ticket in self.inside)
-        return start + self.rates.prefill(prompts) + step_s
+    def seats(self) -> list[Seat]:
+        return [seat for ticket in self.inside for seat in ticket.seats()]
+
+    def predicted_wait_s(self, prompt_tokens: int) -> float:
+        """Seconds until a newcomer's first token."""
+        return self.foretold(prompt_tokens).first_token_s
 
     def crowd(self) -> Crowd:
         """Who is inside. Looked at again when somebody came or went, and a few times a second: a flood of refusals
@@ -253,8 +244,9 @@ class Admission:
         if self.crowd_seen is None or now_s - self.crowd_seen.seen_s > FRESH_S:
             busy = self.busy()
             step_s = self.rates.step(max(busy, 1))
-            room_s = min((ticket.left * step_s for ticket in self.inside if ticket.started), default=SOONEST_S)
-            wait_s = self.predicted_wait_s(1, 0)
+            ends = (left * step_s for seat, left in self.foreteller.lasting(self.seats()) if seat.running)
+            room_s = min(ends, default=SOONEST_S)
+            wait_s = self.predicted_wait_s(0)
             answers, waiting = self.answers + self.at_door, len(self.waiting) + self.at_door
             self.crowd_seen = Crowd(now_s, answers, waiting, self.tokens, busy / step_s, room_s, wait_s)
         return self.crowd_seen

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
 from engine.engine import Engine
-from service.admission import Admission, Limits, Rates
+from service.admission import Admission, Limits
 from service.app import House
 from service.books import Books
 from service.bridge import Bridge
@@ -20,6 +20,7 @@ from service.machine import memory_share
 from service.observe import Lives, Metrics, RequestLog
 from service.prompts import Prompts
 from service.quarantine import Quarantine
+from service.rates import Rates
 from service.serving import UNLIMITED, Serving
 from service.settings import ServeConfig
 from service.watch import Watch
@@ -50,12 +51,13 @@ def assembled(
     context = bridge.engine.context or UNLIMITED
     limits = Limits(
         settings.max_running, settings.queued, settings.max_queued_tokens or context * settings.max_running,
-        settings.queue_timeout, shared=len(keys.hashes) > 1,
+        settings.queue_timeout, keys=max(len(keys.hashes), 1), step_tokens=settings.max_tokens,
     )  # fmt: skip
     serving = Serving(
         settings, bridge, model.prompts, Admission(limits, model.rates),
         RateLimits(settings.requests_per_minute, settings.tokens_per_minute, clock), clock,
     )  # fmt: skip
+    serving.admission.foreteller.step_age_s = bridge.step_age_s
     request_log = RequestLog(log or sys.stderr, metrics.log_lost)
     books = Books(metrics, request_log, Lives(), model.prompts.decode if settings.log_prompts else None)
     return House(serving, keys, books, Watch(serving, metrics, memory_used), about)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from engine.answer import Answer
 from engine.engine import Engine, StepTimes
-from engine.request import Choice, Sampling, StepFailed
+from engine.request import Choice, Request, Sampling, Status, StepFailed
+from service.foretelling import Seat
 from service.quarantine import Quarantine, shown
 
 LOG = logging.getLogger(__name__)
@@ -50,6 +51,25 @@ class Stream:
     def delivered(self) -> int:
         """New tokens so far, of all answers."""
         return sum(len(answer.choices) for answer in self.answers)
+
+    def seats(self) -> list[Seat]:
+        """Of the answers that the engine has. Those that follow the first come to its queue when that has a token."""
+        there = self.answers[: 1 if self.answers[0].followers else None]
+        return [seat_of(answer.request) for answer in there if not answer.done]
+
+    def ended(self) -> list[tuple[int, bool]]:
+        """Of answers that have new tokens and end now: how many, and whether they might have had more."""
+        requests = [answer.request for answer in self.answers if answer.choices]
+        return [(len(request.answer), request.finish_reason != "length") for request in requests]
+
+
+def seat_of(request: Request) -> Seat:
+    """As the foretelling wants it. In the middle of a step, what the step began with."""
+    known, prompt = len(request.tokens), len(request.prompt)
+    return Seat(
+        max(known - request.computed, 1), known - prompt, request.sampling.max_new_tokens, known,
+        request.status is Status.RUNNING,
+    )  # fmt: skip
 
 
 class Area:
@@ -162,6 +182,10 @@ class Bridge:
     def stalled_s(self) -> float:
         """For how long the present step has been computed; 0 while nothing is to be done."""
         return self.clock() - self.progress_s if self.working else 0.0
+
+    def step_age_s(self) -> float | None:
+        """The same; None while nothing is computed."""
+        return self.clock() - self.progress_s if self.working else None
 
     def progress_at(self) -> float:
         """When the engine last began or ended a step, as a time of day."""

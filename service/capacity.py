@@ -8,10 +8,11 @@ from typing import Any
 from config import cache_dir, keep
 from engine.engine import Engine, StepTimes
 from engine.request import Sampling
-from service.admission import Rates
+from service.rates import Rates
 
 PROMPT, NEW = 64, 9  # tokens of the probe's prompts, and of its answers
 KEPT = "capacity.json"
+DOUBLES_AT = 1000  # tokens of context at which an answer's step costs twice as much: a guess, to be learned from
 
 
 def measured(engine: Engine, slots: int, seed: int = 0) -> Rates:
@@ -34,7 +35,11 @@ def measured(engine: Engine, slots: int, seed: int = 0) -> Rates:
     each_s = max(together_s - alone_s, 0.0) / max(slots - 1, 1)
     prefill = [step for step in steps if step.tokens > step.requests]
     rate = sum(step.tokens for step in prefill) / sum(step.end - step.start for step in prefill)
-    return Rates(max(alone_s - each_s, 1e-6), each_s, rate)
+    return rates_of(max(alone_s - each_s, 1e-6), each_s, rate)
+
+
+def rates_of(step_s: float, each_s: float, prefill_tokens_s: float) -> Rates:
+    return Rates(step_s, each_s, prefill_tokens_s, (each_s or step_s) / DOUBLES_AT)
 
 
 def decode_s(steps: list[StepTimes], answers: int) -> float:
@@ -49,7 +54,7 @@ def known(engine_of: Any, slots: int, about: dict[str, Any], machine: str) -> tu
     path = cache_dir() / KEPT
     try:
         kept = json.loads(path.read_text())
-        return Rates(*map(float, kept[key])), False
+        return rates_of(*map(float, kept[key])), False
     except (OSError, ValueError, KeyError, TypeError):
         pass
     rates = measured(engine_of(), slots)

@@ -130,7 +130,11 @@ class Serving:
         new = self.new_tokens(asked, len(ids))
         if len(ids) + new > self.context:
             raise too_long(len(ids), new, self.context, name)
-        self.admission.correct(job.ticket, len(ids), new)
+        try:
+            self.admission.correct(job.ticket, len(ids), new)
+        except ApiError:
+            self.limits.give_back(job.key, "requests", 1)
+            raise
         job.prompt_tokens = len(ids)
         try:
             sampling = asked.sampling(new)

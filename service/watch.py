@@ -40,6 +40,7 @@ class Watch:
         self.laws = {"tokens": True, "blocks": True, "little": True}
         self.steps: deque[float] = deque(maxlen=STEPS_SEEN)
         self.checked_s = self.bridge.clock()
+        self.step_end_s: float | None = None  # of the last step, unless there was nothing to do since
         self.windows: deque[tuple[float, float, float]] = deque()  # (clock, area, residence)
         self.counted: dict[Any, float] = {}
         self.bridge.watch = self.on_step
@@ -51,7 +52,9 @@ class Watch:
             took_s = times.end - times.start
             self.steps.append(took_s)
             self.metrics.step.observe(took_s)
-            self.serving.admission.rates.learn(times.tokens, times.requests, took_s)
+            since_s = times.start if self.step_end_s is None else self.step_end_s  # what is between two steps counts
+            self.serving.admission.rates.learn(times.tokens, times.requests, times.end - since_s, times.context)
+        self.step_end_s = times.end if times is not None else None
         now_s = self.bridge.clock()
         if now_s - self.checked_s >= self.laws_s:
             self.checked_s = now_s
@@ -161,7 +164,7 @@ class Watch:
             "slots": admission.limits.slots, "running": state.running,
             "queue": admission.limits.queued, "waiting": state.waiting,
             "kv_blocks": state.kv_blocks, "kv_held": state.kv_held,
-            "predicted_wait_s": round(admission.predicted_wait_s(1, 100), 3),
+            "predicted_wait_s": round(admission.predicted_wait_s(100), 3),
         }  # fmt: skip
 
     def capacity(self) -> dict[str, Any]:
@@ -171,7 +174,7 @@ class Watch:
             "tokens": limits.tokens, "context": self.serving.context,
             "decode_tokens_per_s": round(limits.slots / rates.step(limits.slots), 1),
             "decode_tokens_per_s_alone": round(1 / rates.step(1), 1),
-            "prefill_tokens_per_s": round(rates.prefill_tokens_s / rates.drift, 1), "drift": round(rates.drift, 3),
+            "prefill_tokens_per_s": round(1 / rates.prefill(1), 1), "drift": round(rates.drift, 3),
             "max_wait_s": limits.patience_s, "requests": admission.answers,
         }  # fmt: skip
 
@@ -188,7 +191,7 @@ class Watch:
         m.kv_usage.set(state.kv_held / max(state.kv_blocks, 1))
         m.kv_blocks.set(state.kv_blocks)
         m.kv_block_size.set(bridge.engine.scheduler.blocks.size)
-        m.predicted_wait.set(admission.predicted_wait_s(1, 100))
+        m.predicted_wait.set(admission.predicted_wait_s(100))
         m.progress.set(bridge.progress_at())
         m.tasks.set(len(asyncio.all_tasks()))
         for law, holds in self.laws.items():

@@ -29,7 +29,7 @@ TORCH_FREE = ("load.start", "load.looks", "load.mixed", "lab.soak_judge", "lab.s
               "lab.arrivals", "lab.simulation", "lab.prompts", "lab.batch_trial", "lab.batch_figures",
               "lab.batch_tables", "lab.batch_words", "lab.batch_window", "lab.batch_plots", "lab.kv_figures",
               "engine.request", "engine.kv_blocks", "engine.scheduler", "engine.engine", "engine.text", "engine.step",
-              "engine.shape", "engine.settings",
+              "engine.shape", "engine.settings", "service.foretelling", "service.rates",
               "lab.kv_ledger", "lab.kv_tables", "lab.kv_words", "lab.kv_plots", "service.app", "service.assembly",
               "service.server", "service.capacity", "load_test", "load.drive", "load.measure", "load.server",
               "load.plan", "load.tables", "load.words", "load.prompts", "load.texts", "load.formulas",
