@@ -270,7 +270,7 @@ def add_views(app: FastAPI, house: House) -> None:
 
     @app.get("/capacity")
     async def capacity() -> Response:
-        return whole(watch.capacity() | {"model": house.about})
+        return whole(watch.capacity() | {"prediction_error": house.books.grading(), "model": house.about})
 
     @app.get("/config")
     async def config() -> Response:

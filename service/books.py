@@ -13,6 +13,10 @@ from service.observe import Lives, Metrics, RequestLog
 PROBES = ("health", "metrics")  # asked every few seconds by machines: counted, and logged only when they fail
 COMPLETIONS = ("chat", "completions")
 MOST_KEPT = 512  # steps and tokens of one answer, for whoever asks later
+GRADES_KEPT = 500
+TINY_S = (
+    0.05  # a wait below this one counts as this when its foretelling is graded: nobody cares for a share of nothing
+)
 LATER_S, AT_ONE_GO = 0.05, 20  # the books of a flood: closed when it has been answered, and not all in one breath
 
 
@@ -24,6 +28,7 @@ class Books:
     ) -> None:
         self.metrics, self.log, self.lives, self.decode = metrics, log, lives, decode
         self.refused: deque[Life] = deque()
+        self.grades: deque[float] = deque(maxlen=GRADES_KEPT)  # errors of the foretelling, as parts of the real wait
 
     def close_later(self, life: Life) -> None:
         """Of a refusal: its books take as long as its answer, and behind it in a flood others wait for theirs."""
@@ -68,9 +73,25 @@ class Books:
             first = life.requests[0]
             m.prompt_tokens.labels("true").inc(first.reused)
             m.prompt_tokens.labels("false").inc(len(first.prompt) - first.reused)
-            error_s = prediction_error_s(life)
-            if error_s is not None:
-                m.prediction_error.observe(error_s)
+            self.grade(life)
+
+    def grade(self, life: Life) -> None:
+        """How far the wait for the first token was from the one foretold."""
+        wait_s = real_wait_s(life)
+        if wait_s is None:
+            return
+        error_s = abs(wait_s - life.facts["predicted_wait"])
+        self.grades.append(error_s / max(wait_s, TINY_S))
+        self.metrics.prediction_error.observe(error_s)
+        self.metrics.prediction_ratio.observe(self.grades[-1])
+
+    def grading(self) -> dict[str, float | int | None]:
+        """Of the last requests that were let in: the middle error of the foretelling, and the one that nine in ten were
+        below, as parts of the real wait.
+        """
+        known = sorted(self.grades)
+        p50, p90 = (round(known[int(len(known) * share)], 3) if known else None for share in (0.5, 0.9))
+        return {"requests": len(known), "p50": p50, "p90": p90}
 
     def facts(self, life: Life, parts: dict[str, float]) -> dict[str, Any]:
         """What the log says of it. No text of anybody's, unless the operator asked for it."""
@@ -87,6 +108,7 @@ class Books:
                 "completion_tokens": sum(len(one.answer) for one in life.requests),
                 "finish_reason": [one.finish_reason for one in life.requests],
                 "preemptions": sum(one.preemptions for one in life.requests),
+                "real_wait": None if (wait_s := real_wait_s(life)) is None else round(wait_s, 4),
                 "batch_max": max((size for one in life.requests for *_, size in one.timeline.slices), default=0),
             }
             if self.decode is not None:
@@ -97,12 +119,10 @@ class Books:
         return {name: value for name, value in known.items() if value not in (None, "")}
 
 
-def prediction_error_s(life: Life) -> float | None:
-    """How far the wait for the first token was from the one foretold."""
+def real_wait_s(life: Life) -> float | None:
+    """From when it was let in to its first token; None where it has none."""
     tokens = life.requests[0].timeline.tokens
-    if not tokens or "predicted_wait" not in life.facts:
-        return None
-    return abs(tokens[0] - life.admitted_s - life.facts["predicted_wait"])
+    return tokens[0] - life.admitted_s if tokens and "predicted_wait" in life.facts else None
 
 
 class Times:

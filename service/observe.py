@@ -50,6 +50,7 @@ OUTCOMES = (
 )  # fmt: skip
 WASTES = ("disconnect", "deadline", "preempt", "engine_error", "drain")
 ERROR_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+ERROR_RATIO = (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1, 2, 5)
 LIVES_KEPT = 500
 
 
@@ -98,6 +99,9 @@ class Metrics:
         )
         self.prediction_error = histogram(
             "admission_prediction_error_seconds", "|predicted - real| wait for the first token", ERROR_S
+        )
+        self.prediction_ratio = histogram(
+            "admission_prediction_error_ratio", "the same, of the real wait (of 50 ms where that was less)", ERROR_RATIO
         )
         self.step = histogram("engine_step_seconds", "a step of the engine", STEP_S)
         self.progress = gauge("engine_last_progress_timestamp_seconds", "when the engine last began or ended a step")

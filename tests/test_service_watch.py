@@ -167,3 +167,17 @@ def test_b74_metrics_are_scraped_through_all_of_it_and_never_fall(checkpoint_fol
                     assert one.value >= seen.get(key, 0), key
                     seen[key] = one.value
         assert here.bridge.restarts >= 1
+
+
+def test_the_service_grades_its_own_foretelling(checkpoint_folder):
+    with served(checkpoint_folder) as here:
+        here.runner.pace_s = 0.2  # a thousand times slower than was measured
+        assert here.chat("a", max_tokens=1).status == 200
+        line = settled(here)[-1]
+        assert line["real_wait"] > 0.19 and line["predicted_wait"] < 0.19
+        found = here.ask("/capacity").json["prediction_error"]
+        error = (line["real_wait"] - line["predicted_wait"]) / line["real_wait"]
+        assert found["requests"] == 2 and found["p90"] == pytest.approx(error, abs=0.01)
+        assert figure(here, "admission_prediction_error_ratio_count") == 2
+        assert figure(here, "admission_prediction_error_ratio_sum") >= found["p90"] - 0.01
+        assert figure(here, "admission_prediction_error_seconds_sum") > 0.1
