@@ -245,7 +245,7 @@ def test_the_page_follows_the_answer_only_for_a_reader_at_its_end(browser, here)
 def test_stopping_frees_the_slot_and_what_came_stays(browser, here):
     here.runner.pace_s = 0.01
     before = here.outcomes().get("cancelled", 0)
-    with chat(browser, here) as one:
+    with chat(browser, here, expected=(404,)) as one:  # its books may take a while
         for turns, stop in ((1, lambda: one.page.keyboard.press("Escape")), (2, lambda: one.page.click("#send"))):
             one.send()
             one.wait("(n) => document.querySelectorAll('.answer')[n - 1]?.textContent.length > 3", turns)
@@ -398,7 +398,7 @@ def test_a_key_is_asked_for_works_and_is_kept_in_the_tab_only(browser, checkpoin
 
 def test_an_error_in_the_middle_is_shown_and_what_came_stays(browser, here):
     say(here, "abcdefgh")
-    with chat(browser, here) as one:
+    with chat(browser, here, expected=(404,)) as one:
         here.runner.hold()
         one.send()
         job = here.until(lambda: here.jobs and here.jobs[0])

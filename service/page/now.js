@@ -24,8 +24,8 @@ export function drawServer(health, word) {
   const status = document.querySelector("#status");
   const state = stateOf(health);
   status.dataset.state = state;
-  status.title = health?.ready.reason ?? "";
-  if (status.textContent !== word(state)) status.textContent = word(state); // a screen reader hears changes only
+  const text = state === "closed" ? `${word(state)} (${health.ready.reason})` : word(state);
+  if (status.textContent !== text) status.textContent = text; // a screen reader hears changes only
   document.querySelector("#now").hidden = !health?.now;
   if (!health?.now) return;
   const { slots, running, queue, waiting, kv_blocks: blocks, kv_held: held, predicted_wait_s: waitS } = health.now;

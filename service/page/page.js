@@ -1,6 +1,7 @@
 // The chat: what the person does, what is asked of the service, what is shown. Each part has a module of its own.
 
 import { roughly, timingOf } from "./figures.js";
+import { remembered, soonRemembered } from "./memory.js";
 import { drawServer, watchServer } from "./now.js";
 import { Settings } from "./settings.js";
 import { saveAs, Sheets } from "./sheets.js";
@@ -9,7 +10,6 @@ import { curl, Talk } from "./talk.js";
 import { toBottom, TurnView } from "./turn.js";
 import { say, wordsOf } from "./words.js";
 
-const BOOKS_MS = 300; // until the server has written down how a request ended that was not read to its end
 const find = (selector) => document.querySelector(selector);
 const word = wordsOf(navigator.language);
 const talk = new Talk(), views = new Map();
@@ -44,7 +44,7 @@ async function start(question) {
   view.end();
   if (running === controller) running = null;
   drawState();
-  if (!turn.usage && turn.id && turn.ended !== "refused") setTimeout(() => splitLater(turn, view), BOOKS_MS);
+  if (!turn.usage && turn.id && turn.ended !== "refused") splitLater(turn, view);
 }
 
 function hear(turn, view, event) {
@@ -98,16 +98,10 @@ function greet() {
   });
 }
 
-/** The split of a request that was not read to its end: from the server's memory. */
+/** The split of a request that was not read to its end. */
 async function splitLater(turn, view) {
-  const facts = await debug(turn.id);
+  const facts = await soonRemembered(turn.id, settings.values.key);
   if (facts && view.root.isConnected) view.split(timingOf(facts));
-}
-
-async function debug(id) {
-  const headers = authorization(settings.values.key);
-  const response = await fetch(`/debug/requests/${encodeURIComponent(id)}`, { headers }).catch(() => null);
-  return response?.ok ? response.json() : null;
 }
 
 // ---- what the person does
@@ -164,7 +158,7 @@ function openSettings(open) {
 }
 
 async function showDebug(id) {
-  const facts = await debug(id);
+  const facts = await remembered(id, settings.values.key);
   sheets.show(word("debug", { id }), facts ? JSON.stringify(facts, null, 2) : word("not_remembered"));
 }
 

@@ -2,6 +2,7 @@
 
 import { drawSplit, TextDrawing } from "./draw.js";
 import { duration, Pace, rate, splitOf } from "./figures.js";
+import { addressOf } from "./memory.js";
 import { say } from "./words.js";
 
 const CLOCK_MS = 100;
@@ -85,7 +86,7 @@ export class TurnView {
       const { prompt_tokens: prompt, completion_tokens: answer, prompt_tokens_details: more } = turn.usage;
       facts.push(word(more?.cached_tokens ? "cached" : "tokens", { prompt, answer, cached: more?.cached_tokens }));
     } else if (pace.count) {
-      facts.push(word("pieces", { count: pace.count }));
+      facts.push(word(done ? "received" : "pieces", { count: pace.count }));
     }
     if (done) facts.push(word(`end_${turn.ended}`));
     const marks = [[turn.degraded, "degraded_to"], [turn.cache, "cache"]].filter(([how]) => how);
@@ -99,7 +100,7 @@ export class TurnView {
   link() {
     const link = mark("a", this.turn.id.length > 14 ? `${this.turn.id.slice(0, 12)}…` : this.turn.id);
     link.title = link.ariaLabel = this.turn.id;
-    link.href = `/debug/requests/${encodeURIComponent(this.turn.id)}`;
+    link.href = addressOf(this.turn.id);
     link.addEventListener("click", (event) => {
       if (event.ctrlKey || event.metaKey || event.shiftKey) return; // a tab of its own, as everywhere
       event.preventDefault(); // a plain visit could not bring the key along
@@ -125,7 +126,7 @@ export class TurnView {
       const left = Math.ceil(fromS - seconds());
       button.disabled = left > 0;
       button.textContent = this.word(left > 0 ? "again_in" : "again", { wait: `${left} s` });
-      if (left > 0 && this.root.isConnected !== false) setTimeout(count, 1000 * (fromS - seconds() - (left - 1)) + 5);
+      if (left > 0 && this.root.isConnected) setTimeout(count, 1000 * (fromS - seconds() - (left - 1)) + 5);
     };
     count();
     return button;
