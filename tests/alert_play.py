@@ -9,6 +9,7 @@ All four play at the same time; an act ends when the alerts that it is for have 
 """
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,11 +93,14 @@ def slow(here: Served, play: Play) -> None:
         here.runner.pace_s = 0.01
     assert {one.result().status for one in held} == {200}
 
+    numbers = itertools.count()
+
     def fail_soon() -> None:
         here.runner.faults[f"step {here.runner.steps + 3}"] = RuntimeError("broken")
 
-    with repeated(here.chat, here.chat, here.chat), repeated(fail_soon, every_s=0.2):
-        play.until(job, "LlmServeEngineErrors", "LlmServeEngineReplaced")
+    acts = [lambda: here.chat(f"{next(numbers):09}")] * 3  # one input that fails twice is quarantined: "hello"
+    with repeated(*acts, here.chat, every_s=0.02), repeated(fail_soon, every_s=0.2):
+        play.until(job, "LlmServeEngineErrors", "LlmServeEngineReplaced", "LlmServeQuarantine")
     here.runner.faults.clear()
 
 
