@@ -78,7 +78,7 @@ def test_the_runbook_has_an_entry_for_every_alert():
 # ---- a real Prometheus under a real load
 
 NOT_YET = {"LlmServeBreakerOpen", "LlmServeDegraded"}
-# What a busy machine does to a service that shares its process with two others in trouble: it is late, also for scrapes.
+# A service that shares its process with two others in trouble, on a busy machine, is late for people and for scrapes.
 LATE = {
     "LlmServeEventLoopLate", "LlmServeFirstTokenSlow", "LlmServeTokensSlow", "LlmServePredictionOff", "LlmServeDown",
     "LlmServeNobodyReady",
