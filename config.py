@@ -26,7 +26,8 @@ MAX_NEW_TOKENS = 50
 LONGEST_WINDOW_MS = 3.6e6  # an hour
 
 ROOT = Path(__file__).resolve().parent
-SERVE_PACKAGES = ("fastapi", "uvicorn", "httptools", "orjson", "pydantic", "prometheus_client", "tokenizers", "jinja2")
+SERVE_PACKAGES = ("fastapi", "uvicorn", "httptools", "orjson", "pydantic", "prometheus_client", "tokenizers", "jinja2",
+                  "cachetools")  # fmt: skip
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "tabulate", "psutil", "pynvml", "gguf", "tqdm", "filelock")
 
 

@@ -102,7 +102,11 @@ class Reply:
 def usage(prompt_tokens: int, answers: Sequence[Answer], timing: dict[str, float]) -> dict[str, Any]:
     """timing: the parts of the request's time in seconds; they add up to their total."""
     new = sum(len(answer.choices) for answer in answers)
-    cached = max((answer.request.reused for answer in answers[:1]), default=0)
+    return told_usage(prompt_tokens, new, max((answer.request.reused for answer in answers[:1]), default=0), timing)
+
+
+def told_usage(prompt_tokens: int, new: int, cached: int, timing: dict[str, float]) -> dict[str, Any]:
+    """cached: tokens of the prompt that were not computed for this request."""
     return {
         "prompt_tokens": prompt_tokens, "completion_tokens": new, "total_tokens": prompt_tokens + new,
         "prompt_tokens_details": {"cached_tokens": cached},
