@@ -150,7 +150,7 @@ def test_b74_metrics_are_scraped_through_all_of_it_and_never_fall(checkpoint_fol
         here.runner.pace_s = 0.01
         for i in range(6):
             here.runner.faults[f"step {here.runner.steps + 2 + i}"] = RuntimeError("broken")
-            asked = [here.later(here.chat, stream=bool(k % 2)) for k in range(5)]
+            asked = [here.later(here.chat, f"{i} {k}", stream=bool(k % 2)) for k in range(5)]
             here.send_chat(stream=True).close()
             statuses = {one.result().status for one in asked}
             assert statuses <= {200, 500, 503}
