@@ -14,13 +14,16 @@ from starlette.middleware.cors import CORSMiddleware
 
 from engine.request import Choice
 from service.books import Books
+from service.detour import Detours, Errand
 from service.errors import ApiError
 from service.guard import BROKEN, Guard, Headers
 from service.keys import Keys
+from service.ladder import HEADER, allowed
 from service.life import Life, server_timing
 from service.openapi import described
 from service.page import add_page
 from service.protocol import Reply, usage
+from service.results import Wishes
 from service.schemas import ChatRequest, CompletionRequest, parsed, validated
 from service.sending import END, HEARTBEAT, ClientLeft, Events, event, told, unless_left, whole
 from service.serving import Job, Serving
@@ -93,10 +96,14 @@ def door_of(house: House) -> Callable[[dict, Headers, Life], None]:
             return
         life.facts["key"] = house.keys.check(headers.get("authorization"))
         if method == "POST" and life.endpoint in ("chat", "completions"):
-            if scope["state"]["whole"]:
-                house.serving.knock(life)
-            else:
-                house.serving.admission.check_door(life.facts["key"])
+            try:
+                if scope["state"]["whole"]:
+                    house.serving.knock(life)
+                else:
+                    house.serving.admission.check_door(life.facts["key"])
+            except ApiError as refusal:
+                if not house.serving.relief.may_help(refusal):
+                    raise
 
     return door
 
@@ -106,6 +113,7 @@ def door_of(house: House) -> Callable[[dict, Headers, Life], None]:
 
 def add_completions(app: FastAPI, house: House) -> None:
     serving, settings = house.serving, house.serving.settings
+    detours = Detours(serving, gone)
 
     async def complete(http: Request, kind: Asked) -> Response:
         life: Life = http.state.life
@@ -117,19 +125,27 @@ def add_completions(app: FastAPI, house: House) -> None:
         patience = patience_s(http, settings.request_timeout, bool(asked.stream))
         retry = is_retry(http)
         life.facts |= {"stream": bool(asked.stream), "model": house.name, "retry": retry}
+        reply = Reply(
+            f"{'chatcmpl' if kind is ChatRequest else 'cmpl'}-{life.id.removeprefix('req-')}", house.name,
+            kind is ChatRequest, house.about["hash"], serving.prompts.token, asked.top_logprobs_wanted is not None,
+            bool(asked.stream_options and asked.stream_options.include_usage),
+        )  # fmt: skip
+        errand = Errand(
+            http, asked, life, key, life.start_s + patience, reply, allowed(http.headers.get(HEADER)),
+            {"x-ignored-params": listed(ignored)} if ignored else {}, Wishes.of(http.headers.get("cache-control")),
+        )  # fmt: skip
         try:
-            job = await unless_left(http.receive, serving.admit(asked, life, key, patience, retry))
-            reply = Reply(
-                f"{'chatcmpl' if kind is ChatRequest else 'cmpl'}-{life.id.removeprefix('req-')}", house.name,
-                kind is ChatRequest, house.about["hash"], serving.prompts.token, asked.top_logprobs_wanted is not None,
-                bool(asked.stream_options and asked.stream_options.include_usage),
-            )  # fmt: skip
-            headers = serving.limits.headers(key) | ({"x-ignored-params": listed(ignored)} if ignored else {})
+            if (kept := detours.kept(errand)) is not None:
+                return kept
+            try:
+                job = await unless_left(http.receive, serving.admit(asked, life, key, patience, retry, errand.accepted))
+            except ApiError as refusal:
+                return await detours.instead(errand, refusal)
+            errand.headers |= serving.limits.headers(key) | ({"x-degraded": job.degraded} if job.degraded else {})
             if asked.stream:
-                return Events(
-                    streamed(serving, job, reply), headers, gone=lambda: gone(http), ended=lambda: serving.close(job)
-                )
-            return await unless_left(http.receive, gathered(serving, job, reply, headers))
+                return Events(streamed(serving, job, errand, detours), errand.headers, gone=lambda: gone(http),
+                              ended=lambda: serving.close(job))  # fmt: skip
+            return await unless_left(http.receive, gathered(serving, job, errand, detours))
         except ClientLeft:
             gone(http)
             return Response(status_code=499)  # nginx's number for it: nobody reads it
@@ -153,20 +169,22 @@ def add_completions(app: FastAPI, house: House) -> None:
         return await complete(http, CompletionRequest)
 
 
-async def gathered(serving: Serving, job: Job, reply: Reply, headers: dict[str, str]) -> Response:
+async def gathered(serving: Serving, job: Job, errand: Errand, detours: Detours) -> Response:
     try:
         async for _ in serving.follow(job):
             for answer in job.answers:
                 answer.catch_up()  # piece by piece: a long text at once would keep everybody waiting
         parts = job.life.split()
-        found = reply.whole(job.answers, usage(job.prompt_tokens, job.answers, parts))
-        return whole(found, headers=headers | {"server-timing": server_timing(parts)})
+        found = errand.reply.whole(job.answers, told := usage(job.prompt_tokens, job.answers, parts))
+        detours.keep(errand, job, told)
+        return whole(found, headers=errand.headers | {"server-timing": server_timing(parts)})
     finally:
         serving.close(job)
 
 
-async def streamed(serving: Serving, job: Job, reply: Reply) -> AsyncGenerator[bytes, None]:
+async def streamed(serving: Serving, job: Job, errand: Errand, detours: Detours) -> AsyncGenerator[bytes, None]:
     """The events of one reply. What goes wrong on the way is an event too, and then there is no [DONE]."""
+    reply = errand.reply
     try:
         for i in range(len(job.answers)):
             if (opening := reply.opening(i)) is not None:
@@ -186,8 +204,10 @@ async def streamed(serving: Serving, job: Job, reply: Reply) -> AsyncGenerator[b
                 if done and i not in ended:
                     ended.add(i)
                     yield event(reply.ending(i, answer))
+        told = usage(job.prompt_tokens, job.answers, job.life.split())
+        detours.keep(errand, job, told)
         if reply.tells_usage:
-            yield event(reply.chunk([], usage=usage(job.prompt_tokens, job.answers, job.life.split())))
+            yield event(reply.chunk([], usage=told))
         yield END
     except ApiError as error:  # the status has been sent
         job.life.failed(error.outcome, error.code)

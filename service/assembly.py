@@ -13,6 +13,7 @@ from engine.engine import Engine
 from service.admission import Admission, Limits
 from service.app import House
 from service.books import Books
+from service.breaker import State
 from service.bridge import Bridge
 from service.keys import Keys
 from service.limits import RateLimits
@@ -21,6 +22,7 @@ from service.observe import Lives, Metrics, RequestLog
 from service.prompts import Prompts
 from service.quarantine import Quarantine
 from service.rates import Rates
+from service.relief import relief_of
 from service.serving import UNLIMITED, Serving
 from service.settings import ServeConfig
 from service.watch import Watch
@@ -53,12 +55,18 @@ def assembled(
         settings.max_running, settings.queued, settings.max_queued_tokens or context * settings.max_running,
         settings.queue_timeout, keys=max(len(keys.hashes), 1), step_tokens=settings.max_tokens,
     )  # fmt: skip
+    request_log = RequestLog(log or sys.stderr, metrics.log_lost)
+
+    def told(name: str, state: State) -> None:
+        metrics.breaker_transitions.labels(name, state).inc()
+        request_log.write("breaker", name=name, state=state)
+
     serving = Serving(
         settings, bridge, model.prompts, Admission(limits, model.rates),
-        RateLimits(settings.requests_per_minute, settings.tokens_per_minute, clock), clock,
+        RateLimits(settings.requests_per_minute, settings.tokens_per_minute, clock),
+        relief_of(settings, about, limits.places, clock, told), clock,
     )  # fmt: skip
     serving.admission.foreteller.step_age_s = bridge.step_age_s
-    request_log = RequestLog(log or sys.stderr, metrics.log_lost)
     books = Books(metrics, request_log, Lives(), model.prompts.decode if settings.log_prompts else None)
     return House(serving, keys, books, Watch(serving, metrics, memory_used), about)
 

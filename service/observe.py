@@ -11,6 +11,9 @@ import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, PlatformCollector, ProcessCollector
 from prometheus_client.gc_collector import GCCollector
 
+from service.breaker import State
+from service.ladder import Rung
+
 PREFIX = "llmserve"
 ENDPOINTS = {
     "/v1/chat/completions": "chat", "/v1/completions": "completions", "/v1/models": "models", "/metrics": "metrics",
@@ -46,7 +49,7 @@ WHOLE_S = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 OUTCOMES = (
     "ok", "client_error", "rate_limited", "shed_queue", "shed_deadline", "shed_memory", "shed_drain", "timeout",
-    "cancelled", "engine_error",
+    "cancelled", "engine_error", "shed_circuit", "upstream_error",
 )  # fmt: skip
 WASTES = ("disconnect", "deadline", "preempt", "engine_error", "drain")
 ERROR_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -113,6 +116,12 @@ class Metrics:
         self.live = gauge("live", "1 while the engine gets on, 0 when a step does not end")
         self.ready = gauge("ready", "1 while a new request would be let in")
         self.tasks = gauge("event_loop_tasks", "tasks of the event loop: more and more of them are a leak")
+        self.breaker_state = gauge("breaker_state", "1 for the state that it is in", "name", "state")
+        self.breaker_transitions = counter("breaker_transitions", "changes of a breaker's state", "name", "to")
+        self.degraded = gauge("degraded", "1 while this rung of the ladder is in use", "rung")
+        self.degraded_requests = counter("degraded_requests", "requests that got something else, by rung", "rung")
+        self.cache_lookups = counter("result_cache_lookups", "requests looked up among kept answers", "result")
+        self.cache_bytes = gauge("result_cache_bytes", "of kept answers")
         self.law = gauge("law_ok", "1 while the books agree", "law")
         self.memory = gauge("device_memory_bytes", "memory by kind", "kind")
         self.utilisation = gauge("device_utilization_ratio", "how busy the device is")
@@ -130,6 +139,12 @@ class Metrics:
             self.wasted_tokens.labels(reason)
         for cached in ("true", "false"):
             self.prompt_tokens.labels(cached)
+        for state in State:
+            self.breaker_transitions.labels("engine", state)
+        for rung in Rung:
+            self.degraded_requests.labels(rung)
+        for result in ("hit", "miss"):
+            self.cache_lookups.labels(result)
 
 
 class RequestLog:

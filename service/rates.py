@@ -56,6 +56,11 @@ class Rates:
         """Seconds that so many prompt tokens add to the steps they are computed in."""
         return tokens * self.costs()[2]
 
+    def as_measured(self, tokens: int, answers: int, context: int) -> float:
+        """Seconds of such a step at the start, whatever was learned since."""
+        prompt_s = (tokens - answers) / self.prefill_tokens_s
+        return self.step_s + self.each_s * answers + prompt_s + self.read_s * context
+
     @property
     def drift(self) -> float:
         """How many times slower than measured a step of one answer has become."""

@@ -1,6 +1,7 @@
 """A request's way through the service: admitted, tokenised, handed to the engine, followed to its end.
 
-    checked (app.py) -> rate limits -> admission -> tokenised -> engine -> streamed or gathered -> closed
+    checked, kept answers (app.py, detour.py) -> rate limits -> ladder -> breaker -> admission -> tokenised
+        -> engine -> streamed or gathered -> closed
 
 Whatever happens on the way, the last step is the same: what is still computed for it is cancelled, and its places are
 given back.
@@ -13,23 +14,29 @@ from dataclasses import dataclass, field
 from engine.answer import Answer
 from engine.request import Refusal, Sampling
 from service.admission import Admission, Ticket
+from service.breaker import Permit
 from service.bridge import Bridge, Stream
 from service.errors import ApiError, invalid, too_long
+from service.ladder import ALL, Rung
 from service.life import Life
 from service.limits import RateLimits
 from service.prompts import Prompts
 from service.quarantine import fingerprint, shown
+from service.relief import Relief
 from service.schemas import MOST_CHOICES, ChatRequest, CompletionRequest
 from service.settings import ServeConfig
 
 LEGACY_NEW_TOKENS = 16  # what OpenAI's completions endpoint gives without a limit
 UNLIMITED = 1 << 20  # the context to reckon with where a model names none
+WELL = ("stop", "length")  # how an answer ends that is one
 POLL_S = 0.05  # how often a drain looks whether everybody has gone
 
 
 @dataclass(eq=False)
 class Job:
-    """One admitted request. deadline_s: a reading of the clock. drawn: tokens taken from its rate limit."""
+    """One admitted request. deadline_s: a reading of the clock. drawn: tokens taken from its rate limit. permit: the
+    breaker wants to know how it ended. cap: of its new tokens. paced: what Serving.paced was when it came in.
+    """
 
     asked: ChatRequest | CompletionRequest
     life: Life
@@ -37,9 +44,17 @@ class Job:
     ticket: Ticket
     deadline_s: float
     drawn: int
+    permit: Permit
+    cap: int
+    paced: tuple[int, float]
     stream: Stream = field(default_factory=Stream)
     prompt_tokens: int = 0
     ended_by: ApiError | None = None  # somebody else ends it: the service itself
+    hung: bool = False  # its time was over in a step that did not end
+
+    @property
+    def degraded(self) -> str | None:
+        return self.life.facts.get("degraded")
 
     @property
     def answers(self) -> list[Answer]:
@@ -51,11 +66,12 @@ class Serving:
 
     def __init__(
         self, settings: ServeConfig, bridge: Bridge, prompts: Prompts, admission: Admission, limits: RateLimits,
-        clock: Callable[[], float],
+        relief: Relief, clock: Callable[[], float],
     ) -> None:  # fmt: skip
-        self.settings, self.bridge, self.prompts = settings, bridge, prompts
+        self.settings, self.bridge, self.prompts, self.relief = settings, bridge, prompts, relief
         self.admission, self.limits, self.clock = admission, limits, clock
         self.jobs: set[Job] = set()
+        self.paced = (0, 0.0)  # steps so far, and the sum of how many times longer than foreseen each one took
 
     @property
     def context(self) -> int:
@@ -75,11 +91,12 @@ class Serving:
         life.at_door = False
 
     async def admit(
-        self, asked: ChatRequest | CompletionRequest, life: Life, key: str, patience_s: float, retry: bool
-    ) -> Job:
+        self, asked: ChatRequest | CompletionRequest, life: Life, key: str, patience_s: float, retry: bool,
+        accepted: frozenset[Rung] = ALL,
+    ) -> Job:  # fmt: skip
         """A place, then the tokens. ApiError: there is no place, or the request cannot be served as it is."""
         with life.part("admit", life.parsed_s):  # in a task of its own, whose turn comes after others'
-            job = self.entered(asked, life, key, patience_s, retry)
+            job = self.entered(asked, life, key, patience_s, retry, accepted)
         try:
             with life.part("tokenize"):
                 ids = await self.prompts.ids(asked)
@@ -92,8 +109,9 @@ class Serving:
         return job
 
     def entered(
-        self, asked: ChatRequest | CompletionRequest, life: Life, key: str, patience_s: float, retry: bool
-    ) -> Job:
+        self, asked: ChatRequest | CompletionRequest, life: Life, key: str, patience_s: float, retry: bool,
+        accepted: frozenset[Rung],
+    ) -> Job:  # fmt: skip
         n, new = asked.n or 1, self.new_tokens(asked, 0)
         most = min(self.admission.limits.places, MOST_CHOICES)
         if n > most:
@@ -103,24 +121,44 @@ class Serving:
         if self.prompts.surely_longer_than(asked, self.context):
             raise too_long(f"more than {self.context}", new, self.context, prompt_name(asked))
         estimate = min(self.prompts.estimate(asked), self.context)
+        wanted, new = new, self.capped(new, accepted)
         drawn = estimate + n * new
         self.limits.draw(key, drawn)
         self.step_aside(life)
         left_s = life.start_s + patience_s - self.clock()  # its body took some of it
+        permit = self.relief.engine.permit()
         try:
+            if permit is None:
+                raise self.relief.refusal()
             ticket = self.admission.enter(
                 answers=n, prompt_tokens=estimate, new_tokens=new, deadline_s=left_s, key=key, retry=retry
             )
         except ApiError:
+            if permit is not None:
+                permit.give_back()
             self.limits.give_back(key, "requests", 1)
             self.limits.give_back(key, "tokens", drawn)
             raise
         life.admitted_s = self.clock()
         life.facts |= {"predicted_wait": round(ticket.predicted_s, 4), "deadline": round(patience_s, 3),
                        "queue_pos": len(self.admission.waiting) - 1}  # fmt: skip
-        job = Job(asked, life, key, ticket, life.start_s + patience_s, drawn)
+        if new < wanted:
+            self.relief.ladder.used(Rung.MAX_TOKENS)
+            life.facts["degraded"] = f"max_tokens={new}"
+        cap = new if new < wanted else self.context
+        job = Job(asked, life, key, ticket, life.start_s + patience_s, drawn, permit, cap, self.paced)
         self.jobs.add(job)
         return job
+
+    def feel(self) -> None:
+        """Tell the ladder how full the house is: by its places, or by what a newcomer would wait."""
+        limits, crowd = self.admission.limits, self.admission.crowd()
+        self.relief.ladder.feel(max(crowd.waiting / limits.queued, crowd.wait_s / limits.patience_s))
+
+    def capped(self, new: int, accepted: frozenset[Rung]) -> int:
+        """New tokens of an answer of which so many are wanted, as the ladder stands."""
+        self.feel()
+        return self.relief.ladder.most_tokens(new, accepted)
 
     def hand_over(self, job: Job, ids: list[int]) -> None:
         """To the engine. ApiError when it cannot take these tokens."""
@@ -130,6 +168,7 @@ class Serving:
         new = self.new_tokens(asked, len(ids))
         if len(ids) + new > self.context:
             raise too_long(len(ids), new, self.context, name)
+        new = min(new, job.cap)
         try:
             self.admission.correct(job.ticket, len(ids), new)
         except ApiError:
@@ -210,6 +249,7 @@ class Serving:
 
     def out_of_time(self, job: Job) -> ApiError:
         job.stream.why = "deadline"
+        job.hung = self.bridge.stalled_s() > self.settings.stall_after
         done = job.stream.delivered
         what = f"{done} new tokens were computed" if job.stream.started else "it never left the queue"
         return ApiError(
@@ -240,24 +280,43 @@ class Serving:
         if job not in self.jobs:
             return
         self.jobs.remove(job)
+        self.judge(job)
         self.bridge.cancel(job.stream, job.stream.why)
         self.admission.leave(job.ticket)
         self.limits.give_back(job.key, "tokens", job.drawn - job.prompt_tokens - job.stream.delivered)
+
+    def judge(self, job: Job) -> None:
+        """Tell the breaker what the engine made of it. Who left, was refused, or only waited too long says nothing."""
+        requests = [answer.request for answer in job.answers]
+        if job.hung or any(request.error for request in requests):
+            job.permit.failed()
+        elif requests and all(answer.done and answer.request.finish_reason in WELL for answer in job.answers):
+            steps, times = (now - then for now, then in zip(self.paced, job.paced, strict=True))
+            job.permit.succeeded(times / steps if steps else None)
+        else:
+            job.permit.give_back()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.jobs or (self.relief.fallback and self.relief.fallback.calls))
 
     async def drain(self, patience_s: float) -> None:
         """Let nobody in, wait for those inside, then end what is left."""
         self.admission.closed = "drain"
         end_s = self.clock() + patience_s
-        while self.jobs and self.clock() < end_s:
+        while self.busy and self.clock() < end_s:
             await asyncio.sleep(POLL_S)
         self.end_all()
-        while self.jobs and self.clock() < end_s + 1.0:
+        while self.busy and self.clock() < end_s + 1.0:
             await asyncio.sleep(POLL_S)
 
     def end_all(self) -> None:
+        ended = ApiError(503, "server_shutting_down", "The server is shutting down: ask another one.", retry=True,
+                         retry_after_s=1.0, outcome="shed_drain")  # fmt: skip
+        for call in list(self.relief.fallback.calls) if self.relief.fallback else ():
+            call.end(ended)
         for job in self.jobs:
-            job.ended_by = ApiError(503, "server_shutting_down", "The server is shutting down: ask another one.",
-                                    retry=True, retry_after_s=1.0, outcome="shed_drain")  # fmt: skip
+            job.ended_by = ended
             job.stream.why = "drain"
             job.stream.changed.set()
 

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 from config import UserError, knob
 from engine.settings import EngineConfig
@@ -44,6 +45,20 @@ class ServeConfig(EngineConfig):
     )
     requests_per_minute: int = knob(0, "of each key; 0 = no limit", least=0)
     tokens_per_minute: int = knob(0, "of each key, prompt and answer together; 0 = no limit", least=0)
+    breaker: str = knob(
+        "on", "stop asking an engine that fails most of the time; open: never ask it", choices=("on", "off", "open")
+    )
+    degrade_max_tokens: int = knob(
+        0, "new tokens of an answer while the queue is half full; 0 = no such limit", least=0
+    )
+    fallback_url: str | None = knob(
+        None, "an OpenAI-compatible server (http://host/v1) for what the engine cannot take; its key is "
+        "LLM_INFER_FALLBACK_KEY"
+    )  # fmt: skip
+    fallback_model: str | None = knob(None, "the model to ask for there")
+    fallback_timeout: float = knob(30.0, "seconds that it may say nothing", least=0.1)
+    result_cache_bytes: int = knob(0, "of answers kept for requests that can only have one; 0 = none are", least=0)
+    result_cache_ttl: float = knob(3600.0, "seconds that a kept answer is good for", least=0.1)
     isolate_keys: bool = knob(False, "never share a prefix's keys and values between API keys")
     page: bool = knob(True, "a chat for people at /", flags={"--no-page": False})
     cors_origin: str | None = knob(None, "let browsers of this origin ask (CORS); * is everybody's")
@@ -51,9 +66,24 @@ class ServeConfig(EngineConfig):
     log_prompts: bool = knob(False, "write prompts and answers into the log")
     log_file: str | None = knob(None, "append the log to this file instead of stderr")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.fallback_url is None) != (self.fallback_model is None):
+            raise UserError("--fallback-url and --fallback-model belong together: give both, or none.")
+        parts = urlsplit(self.fallback_url or "http://none")
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise UserError(
+                "--fallback-url must be like http://host:8000/v1, without a user, a key or a query: a key belongs in "
+                f"{self.env_prefix}FALLBACK_KEY."
+            )
+
     @property
     def queued(self) -> int:
         return self.max_queued or 2 * self.max_running
+
+    def fallback_key(self) -> str | None:
+        """Of the other server. Only from the environment: a command line can be read by everybody on the machine."""
+        return os.environ.get(f"{self.env_prefix}FALLBACK_KEY") or None
 
     def keys(self) -> list[str]:
         """UserError when the file cannot be read."""

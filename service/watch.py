@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from engine.engine import Engine, StepTimes
+from service.breaker import State
+from service.ladder import Rung
 from service.machine import device_busy, device_memory, memory_share
 from service.observe import Metrics
 from service.serving import Serving
@@ -54,12 +56,19 @@ class Watch:
             self.metrics.step.observe(took_s)
             since_s = times.start if self.step_end_s is None else self.step_end_s  # what is between two steps counts
             self.serving.admission.rates.learn(times.tokens, times.requests, times.end - since_s, times.context)
+            self.pace(times, took_s)
         self.step_end_s = times.end if times is not None else None
         now_s = self.bridge.clock()
         if now_s - self.checked_s >= self.laws_s:
             self.checked_s = now_s
             self.laws["tokens"] = self.tokens_agree(engine)
             self.laws["blocks"] = self.blocks_agree(engine)
+
+    def pace(self, times: StepTimes, took_s: float) -> None:
+        """How many times longer than the machine was measured to take: what the engine's breaker calls slow by."""
+        measured_s = self.serving.admission.rates.as_measured(times.tokens, times.requests, times.context)
+        steps, times_longer = self.serving.paced
+        self.serving.paced = (steps + 1, times_longer + took_s / measured_s)
 
     def tokens_agree(self, engine: Engine) -> bool:
         bridge = self.bridge
@@ -93,6 +102,7 @@ class Watch:
             if loop.time() >= next_laws_s:
                 next_laws_s = loop.time() + 1.0
                 self.guard_memory()
+                self.serving.feel()
                 agreed, before = self.little_agrees(), agreed
                 self.laws["little"] = agreed or before  # one look may find somebody who has left one book only
 
@@ -144,18 +154,22 @@ class Watch:
             why = "the engine is being replaced"
         elif admission.answers >= admission.limits.places:
             why = "full"
+        elif not self.serving.relief.open_to_all:
+            why = "the circuit is open"
         return {"ready": why is None, "reason": why, "requests": admission.answers, "places": admission.limits.places}
 
     def health(self) -> dict[str, Any]:
+        relief = self.serving.relief
         broken = [name for name, holds in self.laws.items() if not holds]
         status = self.alive()["status"]
         if status == "ok" and self.serving.admission.closed == "drain":
             status = "draining"
-        elif status == "ok" and (broken or self.serving.admission.closed):
+        elif status == "ok" and (broken or self.serving.admission.closed or relief.trouble):
             status = "degraded"
         return {"status": status, "broken_laws": broken, "live": self.alive(), "ready": self.admitting(),
                 "engine_restarts": self.bridge.restarts, "now": self.now(),
-                **self.bridge.quarantine.counts()}  # fmt: skip
+                **self.bridge.quarantine.counts(), "breakers": relief.shown(),
+                "degraded": [rung for rung in Rung if relief.ladder.engaged(rung)]}  # fmt: skip
 
     def now(self) -> dict[str, Any]:
         """How full it is, for whoever looks on. predicted_wait_s: a newcomer's with 100 tokens, to the first of his."""
@@ -196,6 +210,7 @@ class Watch:
         m.tasks.set(len(asyncio.all_tasks()))
         for law, holds in self.laws.items():
             m.law.labels(law).set(holds)
+        self.refresh_relief()
         self.raise_to(m.computed_tokens, bridge.count("computed"))
         self.raise_to(m.generated_tokens, bridge.count("delivered"))
         self.raise_to(m.restarts.labels("step_failed"), bridge.restarts)
@@ -207,6 +222,19 @@ class Watch:
         for kind, value in device_memory().items():
             m.memory.labels(kind).set(value)
         m.utilisation.set(device_busy())
+
+    def refresh_relief(self) -> None:
+        m, relief = self.metrics, self.serving.relief
+        for breaker in relief.breakers:
+            for state in State:
+                m.breaker_state.labels(breaker.name, state).set(breaker.state is state)
+        for rung in Rung:
+            m.degraded.labels(rung).set(relief.ladder.engaged(rung))
+            self.raise_to(m.degraded_requests.labels(rung), relief.ladder.counts[rung])
+        if relief.results is not None:
+            self.raise_to(m.cache_lookups.labels("hit"), relief.results.hits)
+            self.raise_to(m.cache_lookups.labels("miss"), relief.results.misses)
+            m.cache_bytes.set(relief.results.bytes)
 
     def raise_to(self, counter: Any, total: float) -> None:
         """Counters only go up, by what has come since the last look."""

@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service_kit import Reply, Served
 
 
-def figure(here: Served, name: str, **labels: str) -> float:
+def figure(here: Served, name: str, /, **labels: str) -> float:
     """The sum of a metric's samples with these labels, as a scrape has it."""
     families = text_string_to_metric_families(here.ask("/metrics").body.decode())
     samples = [one for family in families for one in family.samples if one.name == f"llmserve_{name}"]
