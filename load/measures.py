@@ -20,6 +20,7 @@ FEWEST = 5  # requests that a window must hold to be one
 ODD = (ValueError, TypeError, AttributeError, KeyError)  # what reading an answer of another form may raise
 GROWING = 1.5  # times as many in flight in its last third as in its first: it never settled
 LITTLE_OFF = 0.05
+SAID = 400  # bytes kept of what a server said to a failed request: its words, their code, the limit that was hit
 
 
 def measured(traces: Sequence[Trace], start_s: float, count: Callable[[str], int] | None = None) -> list[Request]:
@@ -96,7 +97,7 @@ def error_of(trace: Trace) -> str | None:
 
 
 def said(trace: Trace) -> str:
-    return b"".join(piece for _, piece in trace.pieces)[:200].decode(errors="replace")
+    return b"".join(piece for _, piece in trace.pieces)[:SAID].decode(errors="replace")
 
 
 # ---- of one request

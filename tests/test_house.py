@@ -23,6 +23,7 @@ ROWS = {
     "benchmarks": 6,  # they may run the scripts themselves
 }  # fmt: skip
 TORCH_FREE = ("load.start", "load.looks", "load.mixed", "lab.soak_judge", "lab.soak_tables", "lab.soak_plots",
+              "lab.pulse_figures", "lab.pulse_model", "lab.pulse_tables", "lab.pulse_words", "lab.pulse_plots",
               "config", "metrics", "tokenizer", "report", "lab.records", "lab.checklist", "lab.verdict", "lab.roofline",
               "lab.request_tables", "lab.request_words", "lab.console", "lab.fits", "lab.sampler", "weights.find",
               "weights.hub", "weights.gguf_cache", "weights.random_init", "batcher",
