@@ -13,7 +13,7 @@ const EN = {
   empty: "Ask something. Every answer shows how long it took, and where the time went.",
   hint: "Enter sends · Shift+Enter new line · Esc stops · ↑ edits your last message · / comes here",
   editing: "Editing your last message: Enter sends it instead · Esc leaves it as it was",
-  waiting: "waiting for the first token", ttft: "TTFT {time}", speed: "{rate} tokens/s", pieces: "{count} so far", received: "{count} pieces",
+  waiting: "waiting for the first token", ttft: "TTFT {time}", speed: "{rate} tokens/s", pieces: "{count} so far", received: "{count} received",
   tokens: "{prompt} tokens in, {answer} out", cached: "{prompt} tokens in ({cached} cached), {answer} out",
   end_stop: "finished", end_length: "cut at the limit", end_stopped: "stopped by you", end_failed: "failed",
   end_cut: "cut off", end_refused: "refused", end_unreachable: "not sent",
