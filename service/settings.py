@@ -60,7 +60,7 @@ class ServeConfig(EngineConfig):
     result_cache_bytes: int = knob(0, "of answers kept for requests that can only have one; 0 = none are", least=0)
     result_cache_ttl: float = knob(3600.0, "seconds that a kept answer is good for", least=0.1)
     isolate_keys: bool = knob(False, "never share a prefix's keys and values between API keys")
-    page: bool = knob(True, "a chat for people at /", flags={"--no-page": False})
+    page: bool = knob(True, "whether a chat for people is served at /", flags={"--no-page": False})
     cors_origin: str | None = knob(None, "let browsers of this origin ask (CORS); * is everybody's")
     ignore_unknown: bool = knob(False, "drop fields that are not known, and name them in x-ignored-params")
     log_prompts: bool = knob(False, "write prompts and answers into the log")

@@ -14,6 +14,8 @@ from browser import PHONE, READABLE, Tab, tab
 from service_kit import END, NAME, PATIENCE_S, served
 from test_service_text import ids_of
 
+from service.settings import ServeConfig
+
 pytestmark = pytest.mark.slow
 
 WIDE, NARROW = {"width": 1280, "height": 860}, {"width": 320, "height": 640}
@@ -126,7 +128,10 @@ def test_the_page_is_asked_for_by_get_and_head_and_sent_once(house):
         assert set(wrong.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
-def test_without_the_page_there_is_nothing_at_its_address(checkpoint_folder):
+def test_without_the_page_there_is_nothing_at_its_address(checkpoint_folder, monkeypatch):
+    assert ServeConfig.from_cli("", []).page and not ServeConfig.from_cli("", ["--no-page"]).page
+    monkeypatch.setenv("LLM_INFER_PAGE", "0")
+    assert not ServeConfig.from_cli("", []).page
     with served(checkpoint_folder, page=False) as here:
         assert here.ask("/").status == here.ask("/page/page.js").status == 404
         assert here.ask("/health").json["now"]["slots"] == 4
@@ -282,6 +287,8 @@ def test_keys_find_the_box_edit_the_last_message_and_leave_it(browser, here):
         one.send("first")
         one.ended()
         one.page.locator("#clear").focus()
+        one.page.keyboard.press("Shift+Tab")
+        assert one.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         one.page.keyboard.press("/")
         one.page.keyboard.press("ArrowUp")
         assert one.page.input_value("#box") == "first" and "Editing" in one.text("#hint")
@@ -370,7 +377,8 @@ def test_a_rate_limit_and_a_prompt_that_is_too_long_are_told_in_the_servers_word
         assert one.page.locator("article:last-child .notice button").count() == 0, "once more would not help"
 
 
-def test_a_key_is_asked_for_works_and_is_kept_in_the_tab_only(browser, checkpoint_folder):
+def test_a_key_is_asked_for_works_and_is_kept_in_the_tab_only(browser, checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the page is found from anywhere
     with served(checkpoint_folder, api_key="sk-mine") as locked, chat(browser, locked, expected=(401,)) as one:
         one.wait("() => document.activeElement.name === 'key'")
         assert "API key" in one.text("#empty")
@@ -467,9 +475,14 @@ def test_it_fits_every_screen_and_can_be_read_in_both_schemes(browser, here, siz
         assert all(look["ratio"] >= READABLE for look in looks), looks
 
 
+UNNAMED = """() => [...document.querySelectorAll("button, input, textarea")].filter((one) =>
+  !(one.labels?.length ? one.labels[0].textContent : one.textContent).trim()).map((one) => one.outerHTML)"""
+
+
 def test_chinese_is_spoken_where_the_browser_does_and_both_know_the_same_words(browser, here):
     with chat(browser, here, locale="zh-CN") as one:
         assert one.text("#send") == "发送" and one.page.get_attribute("html", "lang") == "zh"
+        assert one.page.evaluate(UNNAMED) == []
         keys = one.page.evaluate(
             "import('/page/words.js').then(({ LANGUAGES: all }) => Object.values(all).map(Object.keys))"
         )
