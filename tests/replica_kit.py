@@ -1,6 +1,7 @@
 """Two replicas behind HAProxy, and a bad network between the two: delayed, slow, or cut in the middle."""
 
 import contextlib
+import http.server
 import json
 import shutil
 import signal
@@ -123,6 +124,32 @@ def kinds(traces: Sequence[Trace]) -> Counter[str]:
 
 def served_by(traces: Sequence[Trace]) -> set[str | None]:
     return {trace.headers.get("x-served-by") for trace in traces}
+
+
+@contextlib.contextmanager
+def answering(pages: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A replica of pages only, and its port among them: path -> (status, text), to be changed at any time."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, text = pages[self.path]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as there:
+        thread = threading.Thread(target=there.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        pages["port"] = there.server_address[1]
+        try:
+            yield pages
+        finally:
+            there.shutdown()
+            thread.join()
 
 
 # ---- a bad network

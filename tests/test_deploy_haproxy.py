@@ -11,7 +11,19 @@ import openai
 import pytest
 from process_kit import SMALL, longer, until
 from prometheus_client.parser import text_string_to_metric_families
-from replica_kit import CHAT, House, asked, asked_at_once, bodies, kinds, needs_haproxy, piped, served_by, under_load
+from replica_kit import (
+    CHAT,
+    House,
+    answering,
+    asked,
+    asked_at_once,
+    bodies,
+    kinds,
+    needs_haproxy,
+    piped,
+    served_by,
+    under_load,
+)
 from service_kit import chat_body, raw_request, read_all, read_until
 
 from experiments import replica_kill
@@ -107,6 +119,28 @@ def test_where_no_replica_is_there_openais_clients_are_told_what_they_understand
         assert told["x-should-retry"] == "true" and told["retry-after"] == "1" and told["x-request-id"]
     finally:
         nobody.close()
+
+
+def test_the_checks_two_questions_keep_a_full_replica_spare_a_draining_one_and_drop_a_dead_one(tmp_path):
+    needs_haproxy()
+    alive, ready = (200, '{"status":"ok"}'), (200, '{"ready":true,"reason":null}')
+    turns = [
+        ("NOLB", "L7OKC", alive, (503, '{"ready":false,"reason":"drain"}')),
+        ("UP", "L7OK", alive, (503, '{"ready":false,"reason":"full"}')),
+        ("DOWN", "L7STS", (503, '{"status":"stalled"}'), ready),
+        ("UP", "L7OK", alive, ready),
+    ]
+    with answering({}) as pages, answering({}) as others:
+        for one in (pages, others):
+            one["/health/live"], one["/health/ready"] = alive, ready
+        balancer = Balancer([f"127.0.0.1:{one['port']}" for one in (pages, others)], tmp_path / "log")
+        try:
+            balancer.start()
+            for state, check, pages["/health/live"], pages["/health/ready"] in turns:
+                until(lambda state=state: balancer.state("replica-1") == state, f"for {state}")
+                assert balancer.table()["replica-1"]["check_status"].removeprefix("* ") == check
+        finally:
+            balancer.close()
 
 
 # ---- replicas that end, hang, or are full
