@@ -24,8 +24,32 @@ from service.errors import invalid
 from service.schemas import ChatRequest, CompletionRequest
 
 THREADS = 2
-BYTES_PER_TOKEN = 4.0  # of ordinary text; only for the estimate before tokenising
+LEAST_SLOPE, MOST_SLOPE = 0.1, 1.1  # tokens of a byte: ten bytes each, or one and what is escaped
+USUAL = ((0.0, 8.0), (400.0, 108.0))  # bytes and tokens of ordinary text: four bytes a token, and what is around it
+LITTLE = 0.02  # that counts in the end
+REMEMBERED = 0.98  # of what was counted, with each prompt: the last fifty say how many tokens a text has
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")  # for templates
+
+
+class Guess:
+    """Tokens of a text by its bytes, before anybody has counted them: a straight line through those that were counted
+    lately, and through what is usual. (A template adds a constant; languages differ in the slope.)
+    """
+
+    def __init__(self) -> None:
+        self.sums = [0.0] * 5  # of 1, bytes, tokens, bytes², bytes · tokens
+        for size, tokens in USUAL:
+            self.learn(size, tokens, 1.0)
+        self.usual = [total * LITTLE for total in self.sums]  # for ever: two texts at least that differ in length
+
+    def learn(self, size: float, tokens: float, remembered: float = REMEMBERED) -> None:
+        terms = (1.0, size, tokens, size * size, size * tokens)
+        self.sums = [total * remembered + term for total, term in zip(self.sums, terms, strict=True)]
+
+    def tokens(self, size: int) -> int:
+        count, x, y, xx, xy = (a + b for a, b in zip(self.sums, self.usual, strict=True))
+        slope = min(max((count * xy - x * y) / (count * xx - x * x), LEAST_SLOPE), MOST_SLOPE)
+        return max(round((y - slope * x) / count + slope * size), 1)
 
 
 class Prompts:
@@ -38,6 +62,7 @@ class Prompts:
             raise UserError(
                 f"{folder} holds no tokenizer.json that can be read ({error}): the service needs it beside the weights."
             ) from error
+        self.guesses = {ChatRequest: Guess(), CompletionRequest: Guess()}
         self.literal = tokenizers.Tokenizer.from_str(self.core.to_str())
         self.literal.encode_special_tokens = True
         self.added = self.core.get_added_tokens_decoder()
@@ -58,13 +83,13 @@ class Prompts:
         """Tokens of the prompt, before anybody has counted them."""
         if isinstance(asked, CompletionRequest) and not isinstance(asked.prompt, str):
             return len(asked.prompt)
-        return int(sum(len(text.encode()) for text in asked.texts) / BYTES_PER_TOKEN) + 8
+        return self.guesses[type(asked)].tokens(size_of(asked))
 
     def surely_longer_than(self, asked: ChatRequest | CompletionRequest, tokens: int) -> bool:
         """Whether no tokenizer need be asked: even its longest tokens would be more than that."""
         if isinstance(asked, CompletionRequest) and not isinstance(asked.prompt, str):
             return len(asked.prompt) > tokens
-        return sum(len(text.encode()) for text in asked.texts) > tokens * self.longest
+        return size_of(asked) > tokens * self.longest
 
     def token(self, token: int) -> tuple[str, bytes]:
         """What one token reads as, and its bytes: a character may be spread over several tokens."""
@@ -78,7 +103,9 @@ class Prompts:
         """ApiError 400 when the template does not take these messages."""
         if isinstance(asked, CompletionRequest) and not isinstance(asked.prompt, str):
             return list(asked.prompt)
-        return await asyncio.get_running_loop().run_in_executor(self.pool, self.encode, asked)
+        ids = await asyncio.get_running_loop().run_in_executor(self.pool, self.encode, asked)
+        self.guesses[type(asked)].learn(size_of(asked), len(ids))
+        return ids
 
     def encode(self, asked: ChatRequest | CompletionRequest) -> list[int]:
         typed = Typed(self.special)
@@ -133,6 +160,11 @@ class Typed:
     def split(self, text: str) -> list[str]:
         """Text, number, text, number, …, text."""
         return re.split(rf"{self.mark}-(\d+);", text) if self.found else [text]
+
+
+def size_of(asked: ChatRequest | CompletionRequest) -> int:
+    """Bytes of all its texts."""
+    return sum(len(text.encode()) for text in asked.texts)
 
 
 def bytes_of(name: str, byte_level: bool) -> bytes:

@@ -119,6 +119,22 @@ def test_what_fits_is_never_refused_unseen(prompts, text: str):
     assert prompts.surely_longer_than(completion([1] * 11), 10) and not prompts.surely_longer_than(completion([1]), 1)
 
 
+def test_how_many_tokens_a_text_has_is_learned_from_those_that_were_counted(chatml):
+    """One byte is one token here, and the template adds some; ordinary text was taken for a quarter of that."""
+
+    def guessed(asked) -> tuple[int, int]:
+        return chatml.estimate(asked), len(asyncio.run(chatml.ids(asked)))
+
+    assert guessed(completion("x" * 400))[0] == 108 and chatml.estimate(completion([5] * 7)) == 7
+    for size in range(20, 420, 10):
+        guessed(completion("x" * size))
+        guessed(chat(("user", "x" * size)))
+    for asked in (completion("y" * 70), completion("y" * 300), chat(("user", "y" * 200))):
+        before, counted = guessed(asked)
+        assert before == pytest.approx(counted, rel=0.1)
+    assert chatml.estimate(completion("")) >= 1
+
+
 def test_the_event_loop_goes_on_while_a_mebibyte_is_tokenised(chatml):
     """Not only on another thread: without Python's lock, too."""
 
