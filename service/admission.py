@@ -50,7 +50,8 @@ class Progress(Protocol):
     """What is known of an admitted request, once the engine has it.
 
     seats: its answers that the engine has and that have not ended. ended: of the others, how many new tokens they had,
-    and whether they ended before they had to.
+    and whether they ended before they had to. found: tokens of its prompt that were in the prefix cache; None before
+    it has started.
     """
 
     @property
@@ -59,6 +60,8 @@ class Progress(Protocol):
     def seats(self) -> list[Seat]: ...
 
     def ended(self) -> list[tuple[int, bool]]: ...
+
+    def found(self) -> int | None: ...
 
 
 @dataclass(eq=False)
@@ -216,10 +219,18 @@ class Admission:
         if ticket in self.inside:
             self.inside.remove(ticket)
             self.crowd_seen = None
-            for tokens, early in ticket.progress.ended() if ticket.progress else ():
-                self.foreteller.lengths.learn(tokens, early)
+            self.learn(ticket.progress)
 
     # ---- foretelling
+
+    def learn(self, progress: Progress | None) -> None:
+        """From one who leaves, for those who come."""
+        if progress is None:
+            return
+        for tokens, early in progress.ended():
+            self.foreteller.lengths.learn(tokens, early)
+        if (found := progress.found()) is not None:
+            self.foreteller.learn_found(found)
 
     def busy(self, more: int = 0) -> int:
         """Slots in use, with so many more answers."""

@@ -62,6 +62,10 @@ class Stream:
         requests = [answer.request for answer in self.answers if answer.choices]
         return [(len(request.answer), request.finish_reason != "length") for request in requests]
 
+    def found(self) -> int | None:
+        """Tokens of the prompt that were in the prefix cache when the engine began; None before that."""
+        return self.answers[0].request.reused if self.started else None
+
 
 def seat_of(request: Request) -> Seat:
     """As the foretelling wants it. In the middle of a step, what the step began with."""

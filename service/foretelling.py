@@ -4,8 +4,8 @@ Who runs gets a token in every step; what a step has room for beside them are pr
 they came; a slot is free when its answer has its last token, and the first in the queue takes it (engine/scheduler.py).
 What a step costs is learned (rates.py), and so is how long answers become: most are given more tokens than they use.
 
-Not known here, and so not foretold: a prefix that is found in the cache by one and not by another, memory for keys and
-values that runs out before the slots do, and who comes later into the same step.
+Not known here, and so not foretold: a prefix that is found in the cache by one and not by another (the usual one is
+known), memory for keys and values that runs out before the slots do, and who comes later into the same step.
 """
 
 import math
@@ -98,6 +98,7 @@ class Foreteller:
     budget: int
     step_age_s: Callable[[], float | None] = lambda: None
     lengths: Lengths = field(default_factory=Lengths)
+    shared: float = 0.0  # tokens of a prompt that are found in the prefix cache, as it was with the last ones
 
     def foretold(self, seats: Iterable[Seat], prompt_tokens: int, behind: int = 0) -> Foretold:
         """For somebody with such a prompt, who comes behind these seats. behind: so many more come at the same moment;
@@ -105,8 +106,16 @@ class Foreteller:
         """
         play = Play(self.rates.costs(), self.slots, self.budget)
         for seat, left in self.lasting(seats):
-            play.seat(seat, left)
-        return play.until(prompt_tokens, self.step_age_s(), behind)
+            play.seat(seat, left, 0 if seat.running else self.found(seat.missing))
+        return play.until(prompt_tokens, self.found(prompt_tokens), self.step_age_s(), behind)
+
+    def learn_found(self, tokens: int) -> None:
+        """So many tokens of a prompt were found in the prefix cache."""
+        self.shared += (tokens - self.shared) * (1 - REMEMBERED)
+
+    def found(self, prompt_tokens: int) -> int:
+        """How many of such a prompt's will be: of the beginning that most have in common. The last is computed."""
+        return max(min(round(self.shared), prompt_tokens - 1), 0)
 
     def lasting(self, seats: Iterable[Seat]) -> Iterator[tuple[Seat, int]]:
         """Each with the new tokens that are still to come to it."""
@@ -128,29 +137,30 @@ class Play:
         self.prompts: list[list[int]] = []
         self.queue: deque[list[int]] = deque()
 
-    def seat(self, seat: Seat, left: int) -> None:
+    def seat(self, seat: Seat, left: int, found: int) -> None:
+        """found: tokens that it need not compute."""
         if seat.running and seat.missing <= 1:
             self.decoding.append((left, seat.known))
             self.context += seat.known
         else:
             whose = self.prompts if seat.running else self.queue
-            whose.append([seat.missing, left, seat.known - seat.missing])
+            whose.append([seat.missing - found, left, seat.known - seat.missing + found])
 
-    def until(self, prompt_tokens: int, step_age_s: float | None, behind: int) -> Foretold:
+    def until(self, prompt_tokens: int, found: int, step_age_s: float | None, behind: int) -> Foretold:
         """When one more, with such a prompt, has its first token. Those behind him may be in his steps."""
         heapify(self.decoding)
         if step_age_s is not None and (self.decoding or self.prompts):  # who waits is not in the step that has begun
             self.advance()
             self.time_s = max(self.time_s - step_age_s, 0.0)
-        prompt, start_s = max(prompt_tokens, 1), None
-        own, *others = [[prompt, 1, 0] for _ in range(1 + behind)]
+        missing, start_s = max(prompt_tokens - found, 1), None
+        own, *others = [[missing, 1, found] for _ in range(1 + behind)]
         self.queue += [own, *others]
         while own[0]:
             while self.queue and len(self.decoding) + len(self.prompts) < self.slots:
                 self.prompts.append(self.queue.popleft())
             begin_s = self.time_s
             self.advance()
-            if start_s is None and own[0] < prompt:
+            if start_s is None and own[0] < missing:
                 start_s = begin_s
         return Foretold(start_s, self.time_s)
 

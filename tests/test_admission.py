@@ -23,6 +23,7 @@ class Fake:
     started: bool = False
     delivered: int = 0
     early: bool = False
+    prefix: int = 0
 
     def seats(self) -> list[Seat]:
         done, prompt = self.delivered // self.ticket.answers, self.ticket.prompt_tokens
@@ -31,6 +32,9 @@ class Fake:
 
     def ended(self) -> list[tuple[int, bool]]:
         return [(self.delivered, self.early)] if self.delivered else []
+
+    def found(self) -> int | None:
+        return self.prefix if self.started else None
 
 
 def rates() -> Rates:
@@ -204,6 +208,21 @@ def test_those_whose_bodies_are_there_may_share_the_first_step():
     assert house.predicted_wait_s(100) == pytest.approx(0.12 + 2 * 0.099)
     house.step_aside()
     assert house.predicted_wait_s(100) == pytest.approx(0.11 + 0.099)
+
+
+def test_from_those_who_leave_it_is_learned_how_much_of_a_prompt_is_in_the_cache():
+    house = books(slots=1, queued=99)
+    for _ in range(2000):
+        ticket = enter(house)
+        ticket.progress = Fake(ticket, True, prefix=32)
+        house.leave(ticket)
+        ticket = enter(house)
+        ticket.progress = Fake(ticket, False, prefix=99)  # has not begun
+        house.leave(ticket)
+    assert house.predicted_wait_s(100) == pytest.approx(0.11 + 0.067)
+    assert house.predicted_wait_s(20) == house.predicted_wait_s(0) == pytest.approx(0.11)
+    enter(house, prompt=50, new=1)
+    assert house.predicted_wait_s(100) == pytest.approx(0.11 + 0.017 + 0.11 + 0.067)
 
 
 def test_from_those_who_leave_it_is_learned_how_long_answers_become():
