@@ -202,8 +202,9 @@ def test_the_bar_of_the_last_request_adds_up_to_its_time(browser, here):
         times = [float(time.split()[0]) * units[time.split()[1]] for _, _, time, _ in rows]
         shown = last.locator("summary").inner_text().split()
         assert sum(times) == pytest.approx(float(shown[2]) * units[shown[3]], rel=0.03)
-        longest = max(range(len(PARTS)), key=lambda i: widths[i])
-        assert PARTS[longest] == "decode" and widths[longest] > 0.5 * bar
+        for width, time in zip(widths, times, strict=True):
+            assert width / bar == pytest.approx(time / sum(times), abs=0.02)
+        assert times[PARTS.index("decode")] >= 7 * 5, "seven steps of 5 ms"
 
 
 def test_a_long_answer_is_drawn_by_the_screen_and_not_by_the_token(browser, here):
