@@ -4,7 +4,7 @@ Two serve.py and HAProxy in front of them, as deploy/haproxy/haproxy.cfg has it;
 streams. In the middle of each round one replica is killed with signal 9, left dead for a moment, and started again, in
 turn. Of what had not begun nothing may fail; a stream that had begun ends with an error that its client can see.
 
-    python3 -m experiments.replica_kill --model smollm2             # three kills, about two minutes
+    python3 -m experiments.replica_kill --model smollm2             # four kills, about three minutes
     python3 -m experiments.replica_kill --model smollm2 --quick     # one kill
     python3 -m experiments.replica_kill --model smollm2 --rate 4 --note "what I saw"
 """
@@ -43,11 +43,11 @@ TIMEOUT_S = 120.0  # for one answer
 class ReplicaKillConfig(Recorded):
     model: str | None = knob(None, "what the replicas serve, as serve.py takes it", env="LLM_INFER_MODEL")
     threads: int = knob(1, "CPU threads of each replica; 0 = PyTorch's own choice", least=0)
-    kills: int = knob(3, "rounds, each with a kill in its middle; the replicas take turns", least=1, quick=1)
+    kills: int = knob(4, "rounds, each with a kill in its middle; the replicas take turns", least=1, quick=1)
     period: float = knob(40.0, "seconds of a round", least=2, quick=30.0)
     dead: float = knob(2.0, "seconds between the kill and the new start", least=0)
     rate: float = knob(0.0, "requests/s; 0 = --share of what one replica can decode", least=0)
-    share: float = knob(0.4, "share of one replica's decoding that is asked for where no rate is given", least=0.01)
+    share: float = knob(0.5, "share of one replica's decoding that is asked for where no rate is given", least=0.01)
     prompt_tokens: int = knob(64, "tokens of a prompt, about", least=8)
     max_new_tokens: int = knob(48, "new tokens of every answer", least=2)
     native: str = knob("wait", "the replicas' --native", choices=("auto", "wait", "off"))

@@ -58,7 +58,7 @@ def latencies(record: Record, axes) -> None:
         mine = [one for one in of_kind(record["requests"], "answered") if one["replica"] == name]
         axes.plot([one["due"] for one in mine], [one["end"] - one["due"] for one in mine], ".", color=color, label=name)
     axes.set_ylabel("due to last byte, s")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
 
 
 def away(record: Record, axes) -> None:

@@ -191,6 +191,7 @@ def test_the_compose_file_names_files_ports_and_variables_that_there_are():
         assert (ROOT / service["build"]["dockerfile"]) == DOCKERFILE
         assert int(service["stop_grace_period"].removesuffix("s")) > ServeConfig().drain_timeout
         assert "ports" not in service, "replicas are the balancer's only"
+    assert services["grafana"]["environment"]["PROMETHEUS_URL"] == "http://prometheus:9090"
     told = services["haproxy"]["environment"]
     assert {told["REPLICA_1"], told["REPLICA_2"]} == {"replica-1:8000", "replica-2:8000"}
     wanted = set(re.findall(r"presetenv (\w+)", HAPROXY.read_text()))
