@@ -1,6 +1,8 @@
 // Numbers for people, and what they are made of. Nothing here knows the page.
 
-const PARTS = ["receive", "route", "parse", "admit", "tokenize", "queue", "prefill", "decode", "between", "deliver"];
+/** The parts of a request's time, in the order in which they happen; the rest, that none accounts for, is the last. */
+export const PARTS = ["receive", "route", "parse", "cache", "admit", "tokenize", "fallback", "queue", "prefill", "decode",
+  "between", "deliver", "unexplained"];
 
 /** Seconds in the unit in which they have three digits or so. */
 export function duration(seconds) {

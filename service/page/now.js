@@ -24,7 +24,8 @@ export function drawServer(health, word) {
   const status = document.querySelector("#status");
   const state = stateOf(health);
   status.dataset.state = state;
-  const text = state === "closed" ? `${word(state)} (${health.ready.reason})` : word(state);
+  const why = ["closed", "degraded"].includes(state) ? reasons(health) : "";
+  const text = why ? `${word(state)} (${why})` : word(state);
   if (status.textContent !== text) status.textContent = text; // a screen reader hears changes only
   document.querySelector("#now").hidden = !health?.now;
   if (!health?.now) return;
@@ -39,6 +40,10 @@ function stateOf(health) {
   if (health === null) return "unreachable";
   if (health.status !== "ok" || health.ready.ready) return health.status;
   return health.ready.reason === "full" ? "full" : "closed";
+}
+
+function reasons({ ready, broken_laws: laws, degraded = [] }) {
+  return [ready.reason, ...degraded, ...laws].filter((why) => why).join(", ");
 }
 
 function meter(id, text, share) {

@@ -1,6 +1,6 @@
 // The dialogs: text to read and to copy, and help. And what is taken along: copies and files.
 
-const PARTS = "receive route parse admit tokenize queue prefill decode between deliver unexplained".split(" ");
+import { PARTS } from "./figures.js";
 
 export class Sheets {
   constructor(word) {
