@@ -36,6 +36,7 @@ ALL = (
     "engine_peers",
     "serve_cost",
     "serve_overload",
+    "serve_faults",
     "serve_speed",
     "load_client",
     "load_agreement",
