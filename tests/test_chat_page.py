@@ -253,7 +253,8 @@ def test_stopping_frees_the_slot_and_what_came_stays(browser, here):
     before = here.outcomes().get("cancelled", 0)
     with chat(browser, here, expected=(404,)) as one:  # its books may take a while
         for turns, stop in ((1, lambda: one.page.keyboard.press("Escape")), (2, lambda: one.page.click("#send"))):
-            one.send()
+            one.page.fill("#box", "hello")
+            one.page.dblclick("#send")  # the second click is none for Stop
             one.wait("(n) => document.querySelectorAll('.answer')[n - 1]?.textContent.length > 3", turns)
             stop()
             assert one.ended(turns) == "stopped"

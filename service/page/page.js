@@ -222,8 +222,8 @@ function listen() {
     event.preventDefault();
     send();
   });
-  find("#send").addEventListener("click", () => {
-    running?.abort();
+  find("#send").addEventListener("click", (event) => {
+    if (event.detail < 2) running?.abort(); // the second half of a double click must not stop what the first began
     home();
   });
   box.addEventListener("input", grow);

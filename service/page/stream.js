@@ -61,7 +61,7 @@ export async function* ask(body, key, signal) {
       yield { kind: "failed", error: event.error };
       return;
     }
-    for (const { delta, finish_reason: reason } of event.choices) {
+    for (const { delta, finish_reason: reason } of event.choices ?? []) {
       if (delta.content) yield { kind: "text", text: delta.content };
       if (reason) yield { kind: "ended", reason };
     }
