@@ -72,7 +72,7 @@ class Incoming:
         self.changed.set()
 
     def close(self) -> None:
-        if self.asking is not None:
-            self.asking.cancel()
+        if self.asking is not None and not self.asking.cancel() and not self.asking.cancelled():
+            self.asking.exception()  # seen: else asyncio complains of an error that nobody looked at
         if self.wire is not None:
             self.wire.transport.abort()

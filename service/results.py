@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 from cachetools import LRUCache
 
+from engine.request import Refusal
 from service.protocol import Reply
 from service.schemas import ChatRequest, CompletionRequest
 
@@ -69,7 +70,10 @@ class Results:
 
     def name(self, asked: Asked, owner: str, new_tokens: int) -> str | None:
         """Under what its answer is kept; None for one that may have a different answer each time."""
-        sampling = asked.sampling(new_tokens)
+        try:
+            sampling = asked.sampling(new_tokens)
+        except Refusal:  # who asks the engine for it is told why
+            return None
         if not sampling.greedy and sampling.seed is None:
             return None
         if isinstance(asked, ChatRequest):

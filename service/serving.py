@@ -152,6 +152,8 @@ class Serving:
 
     def feel(self) -> None:
         """Tell the ladder how full the house is: by its places, or by what a newcomer would wait."""
+        if Rung.MAX_TOKENS not in self.relief.ladder.there:
+            return
         limits, crowd = self.admission.limits, self.admission.crowd()
         self.relief.ladder.feel(max(crowd.waiting / limits.queued, crowd.wait_s / limits.patience_s))
 

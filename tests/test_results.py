@@ -74,6 +74,10 @@ def test_another_key_another_model_another_length_and_another_endpoint_find_noth
     assert len({name, results().name(text, "k", 5), results().name(ids, "k", 5)}) == 3
 
 
+def test_what_the_engine_will_refuse_has_no_name():
+    assert results().name(chat(), "k", 2**40) is None
+
+
 @pytest.mark.parametrize(
     "said, read, write",
     [(None, True, True), ("no-cache", False, True), ("max-age=0, No-Store", False, False), ("private", True, True)],
