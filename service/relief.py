@@ -42,9 +42,11 @@ class Relief:
     def refusal(self) -> ApiError:
         """For whom there is nothing left: the engine's circuit is open."""
         wait_s = self.engine.wait_s()
+        why = "Most of the last requests failed here, so none is taken"
+        if self.engine.state is State.FORCED_OPEN:
+            why = "The engine here is switched off by order (--breaker open), so nothing is taken"
         return ApiError(
-            503, "circuit_open",
-            f"Most of the last requests failed here, so none is taken for {wait_s:.1f} s: try again then.", retry=True,
+            503, "circuit_open", f"{why} for {wait_s:.1f} s: try again then.", retry=True,
             retry_after_s=wait_s, details={"limit_hit": "circuit", "retry_after_s": round(wait_s, 1)},
             outcome="shed_circuit",
         )  # fmt: skip
