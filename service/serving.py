@@ -154,8 +154,9 @@ class Serving:
         """Tell the ladder how full the house is: by its places, or by what a newcomer would wait."""
         if Rung.MAX_TOKENS not in self.relief.ladder.there:
             return
-        limits, crowd = self.admission.limits, self.admission.crowd()
-        self.relief.ladder.feel(max(crowd.waiting / limits.queued, crowd.wait_s / limits.patience_s))
+        limits, wait_s = self.admission.limits, self.admission.crowd().wait_s
+        waiting = max(self.admission.answers - limits.slots, 0)  # whoever has a free slot does not wait
+        self.relief.ladder.feel(max(waiting / limits.queued, wait_s / limits.patience_s))
 
     def capped(self, new: int, accepted: frozenset[Rung]) -> int:
         """New tokens of an answer of which so many are wanted, as the ladder stands."""

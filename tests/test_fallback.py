@@ -444,7 +444,15 @@ def test_where_the_queue_is_half_full_answers_are_capped_unless_the_client_objec
         assert {len(text_of(one.result())) for one in inside} == {8}
         assert [line["degraded"] for line in settled(here) if "degraded" in line] == ["max_tokens=3"]
         assert figure(here, "degraded_requests_total", rung="max_tokens") == 1
+        here.until(here.idle)
         here.house.serving.relief.ladder.tight = False
+
+
+def test_a_single_request_in_an_idle_house_is_not_capped(checkpoint_folder):
+    """It counted itself as one that waits, and a queue of two places was half full."""
+    with served(checkpoint_folder, degrade_max_tokens=3, max_running=1, max_queued=1) as here:
+        for _ in range(5):
+            assert "x-degraded" not in here.chat(max_tokens=8).headers
 
 
 # ---- settings
