@@ -65,6 +65,6 @@ $(VENV)/.serve: $(VENV)/.run requirements-serve.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.serve requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.serve requirements-dev.txt requirements-otel.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

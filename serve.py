@@ -60,6 +60,7 @@ def main() -> int:
 def check(settings: ServeConfig) -> None:
     """What can be seen to fail before the model is loaded, which may take minutes. UserError."""
     settings.keys()
+    settings.check_tracing()
     host, port = settings.host, settings.port
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

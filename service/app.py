@@ -16,10 +16,10 @@ from engine.request import Choice
 from service.books import Books
 from service.detour import Detours, Errand
 from service.errors import ApiError
-from service.guard import BROKEN, Guard, Headers
+from service.guard import BROKEN, Guard, Headers, note_trace
 from service.keys import Keys
 from service.ladder import HEADER, allowed
-from service.life import Life, server_timing
+from service.life import Life, Tracing, server_timing
 from service.openapi import described
 from service.page import add_page
 from service.protocol import Reply, usage
@@ -43,6 +43,7 @@ class House:
     books: Books
     watch: Watch
     about: dict[str, Any]
+    traces: Tracing | None = None
 
     @property
     def name(self) -> str:
@@ -62,6 +63,8 @@ def make_app(house: House) -> Guard:
         house.books.settle()
         serving.bridge.stop()
         serving.prompts.pool.shutdown(wait=False, cancel_futures=True)
+        if house.traces is not None:
+            house.traces.stop()
 
     app = FastAPI(title="llm-infer-baseline", docs_url=None, redoc_url=None, lifespan=lifespan,
                   redirect_slashes=False)  # fmt: skip
@@ -83,6 +86,7 @@ def make_app(house: House) -> Guard:
 
     return Guard(
         app, clock=serving.clock, door=door_of(house), ended=ended, refused=house.books.close_later,
+        begun=note_trace if house.traces is None else house.traces.begin,
         max_body=settings.max_body, body_timeout=settings.body_timeout, cors_origin=settings.cors_origin,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from service.books import Books
 from service.breaker import State
 from service.bridge import Bridge
 from service.keys import Keys
+from service.life import Tracing
 from service.limits import RateLimits
 from service.machine import memory_share
 from service.observe import Lives, Metrics, RequestLog
@@ -67,8 +68,17 @@ def assembled(
         relief_of(settings, about, limits.places, clock, told), clock,
     )  # fmt: skip
     serving.admission.foreteller.step_age_s = bridge.step_age_s
-    books = Books(metrics, request_log, Lives(), model.prompts.decode if settings.log_prompts else None)
-    return House(serving, keys, books, Watch(serving, metrics, memory_used), about)
+    traces = traces_of(settings, about)
+    books = Books(metrics, request_log, Lives(), model.prompts.decode if settings.log_prompts else None, traces)
+    return House(serving, keys, books, Watch(serving, metrics, memory_used), about, traces)
+
+
+def traces_of(settings: ServeConfig, about: dict[str, Any]) -> Tracing | None:
+    if settings.otlp_endpoint is None:
+        return None
+    from service.tracing import Traces  # here: its packages are not everybody's
+
+    return Traces(settings.otlp_endpoint, about)
 
 
 def on_passing_thread(work: Callable[[], Result]) -> Result:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.request import Request
-from service.life import Life
+from service.life import Life, Tracing
 from service.observe import Lives, Metrics, RequestLog
 
 PROBES = ("health", "metrics")  # asked every few seconds by machines: counted, and logged only when they fail
@@ -24,9 +24,10 @@ class Books:
     """decode: token ids to text where prompts and answers are to be logged too, else None."""
 
     def __init__(
-        self, metrics: Metrics, log: RequestLog, lives: Lives, decode: Callable[[list[int]], str] | None
-    ) -> None:
-        self.metrics, self.log, self.lives, self.decode = metrics, log, lives, decode
+        self, metrics: Metrics, log: RequestLog, lives: Lives, decode: Callable[[list[int]], str] | None,
+        traces: Tracing | None = None,
+    ) -> None:  # fmt: skip
+        self.metrics, self.log, self.lives, self.decode, self.traces = metrics, log, lives, decode, traces
         self.refused: deque[Life] = deque()
         self.grades: deque[float] = deque(maxlen=GRADES_KEPT)  # errors of the foretelling, as parts of the real wait
 
@@ -51,6 +52,8 @@ class Books:
         if life.endpoint in COMPLETIONS:
             self.measure(life, parts)
             self.lives.add(life.id, facts | {"timelines": [Times(one, life.start_s) for one in life.requests]})
+        if self.traces is not None:
+            self.traces.end(life, parts)
         if life.endpoint not in PROBES or life.status != 200:
             self.log.write("request", **facts)
 

@@ -18,6 +18,7 @@ from service.observe import ENDPOINTS
 from service.sending import told
 
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context
 WITH_BODY = ("chat", "completions")  # whose bodies are read
 
 Headers = dict[str, str]
@@ -26,17 +27,19 @@ Headers = dict[str, str]
 class Guard:
     """Around the whole application. door(scope, headers, life): raises ApiError for those who cannot come in, whatever
     they ask; called again when a body has come that did not come along with its headers ("whole" in the state): who
-    only promises one keeps nobody out. ended(life): closes the books, once for every request, or refused(life) does.
+    only promises one keeps nobody out. begun(life, headers): a look at it before anything else. ended(life): closes the
+    books, once for every request, or refused(life) does.
 
     at_once() stands before it: a flood of refusals must not wait for those who are let in.
     """
 
     def __init__(
         self, app: Any, *, clock: Callable[[], float], door: Callable[[dict, Headers, Life], None],
-        ended: Callable[[Life], None], refused: Callable[[Life], None], max_body: int, body_timeout: float,
-        cors_origin: str | None,
+        begun: Callable[[Life, Headers], None], ended: Callable[[Life], None], refused: Callable[[Life], None],
+        max_body: int, body_timeout: float, cors_origin: str | None,
     ) -> None:  # fmt: skip
-        self.app, self.clock, self.door, self.ended, self.refused = app, clock, door, ended, refused
+        self.app, self.clock, self.door, self.begun = app, clock, door, begun
+        self.ended, self.refused = ended, refused
         self.max_body, self.body_timeout = max_body, body_timeout
         # Refusals at the door too: without it a browser shows its user nothing of them.
         self.always = {"access-control-allow-origin": cors_origin} if cors_origin else {}
@@ -97,6 +100,7 @@ class Guard:
             life.facts["client_request_id"] = theirs
         elif theirs:
             life.facts["client_request_id_dropped"] = True
+        self.begun(life, headers)
         scope.setdefault("state", {})["life"] = life
         return life
 
@@ -155,6 +159,13 @@ def own_headers(life: Life, always: Headers, given: Collection[str]) -> Headers:
     mine = always | {"x-request-id": life.facts.get("client_request_id", life.id)}
     mine["server-timing"] = server_timing(life.split())
     return {name: value for name, value in mine.items() if name not in given}
+
+
+def note_trace(life: Life, headers: Headers) -> None:
+    """The id of the trace that a client's request belongs to, for the log line: where nothing is traced here, too."""
+    found = TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    if found and set(found[1]) != {"0"}:
+        life.facts["trace_id"] = found[1]
 
 
 def headers_of(scope: dict) -> Headers:

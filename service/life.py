@@ -4,9 +4,19 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from engine.request import Request, Timeline
+
+
+class Tracing(Protocol):
+    """What tells others of every life as it goes by (tracing.py, where that is wanted)."""
+
+    def begin(self, life: "Life", headers: Mapping[str, str]) -> None: ...
+
+    def end(self, life: "Life", parts: Mapping[str, float]) -> None: ...
+
+    def stop(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -32,6 +42,7 @@ class Life:
     status: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)  # the engine's, one for each answer
+    span: Any = None  # what tracing.py keeps with it, where that is wanted
 
     @contextlib.contextmanager
     def part(self, name: str, since_s: float | None = None) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """What the service can be told, on the command line or by LLM_INFER_ variables."""
 
+import importlib.util
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from urllib.parse import urlsplit
 from config import UserError, knob
 from engine.settings import EngineConfig
 
+OTEL_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 SECRET = ("api_key", "api_keys_file")
 
 
@@ -63,6 +65,9 @@ class ServeConfig(EngineConfig):
     page: bool = knob(True, "whether a chat for people is served at /", flags={"--no-page": False})
     cors_origin: str | None = knob(None, "let browsers of this origin ask (CORS); * is everybody's")
     ignore_unknown: bool = knob(False, "drop fields that are not known, and name them in x-ignored-params")
+    otlp_endpoint: str | None = knob(
+        None, "send traces to this OpenTelemetry collector, such as http://127.0.0.1:4318 (OTLP over HTTP)"
+    )
     log_prompts: bool = knob(False, "write prompts and answers into the log")
     log_file: str | None = knob(None, "append the log to this file instead of stderr")
 
@@ -103,6 +108,23 @@ class ServeConfig(EngineConfig):
         if not all(key.isascii() and key.isprintable() and " " not in key for key in found):
             raise UserError("API keys are ASCII without spaces, as HTTP's headers are: change the one that is not.")
         return found
+
+    def check_tracing(self) -> None:
+        """UserError when --otlp-endpoint is no address, or what it needs is not installed."""
+        if self.otlp_endpoint is None:
+            return
+        address = urlsplit(self.otlp_endpoint)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise UserError(f"--otlp-endpoint {self.otlp_endpoint} is no address like http://127.0.0.1:4318: give one.")
+        if address.username or address.password or address.query:  # /config shows it
+            raise UserError("--otlp-endpoint takes no secrets: put them into OTEL_EXPORTER_OTLP_HEADERS.")
+        try:
+            missing = [name for name in OTEL_PACKAGES if importlib.util.find_spec(name) is None]
+        except ModuleNotFoundError as error:  # what they lie in is not there either
+            missing = [error.name or OTEL_PACKAGES[0]]
+        if missing:
+            raise UserError(f"--otlp-endpoint needs {missing[0]}, which this Python lacks: "
+                            "`pip install -r requirements-otel.txt`.")  # fmt: skip
 
     def shown(self) -> dict[str, object]:
         """All of it, for /config, with secrets left out."""
