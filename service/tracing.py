@@ -142,8 +142,14 @@ def genai(life: Life) -> dict[str, str]:
     """What its measurements are told apart by: few values each. The model is the served one, whatever was asked."""
     found = {"gen_ai.operation.name": OPERATIONS[life.endpoint], "gen_ai.provider.name": SERVICE}
     if "model" in life.facts:
-        found |= {"gen_ai.request.model": life.facts["model"], "gen_ai.response.model": life.facts["model"]}
+        found |= {"gen_ai.request.model": life.facts["model"], "gen_ai.response.model": answered_by(life)}
     return found
+
+
+def answered_by(life: Life) -> str:
+    """The model that answered: another server's, where that stood in (x-degraded: model=...)."""
+    rung, _, model = life.facts.get("degraded", "").partition("=")
+    return model if rung == "model" else life.facts["model"]
 
 
 def attributes(life: Life) -> dict[str, Any]:
@@ -154,6 +160,13 @@ def attributes(life: Life) -> dict[str, Any]:
     }  # fmt: skip
     if life.endpoint in OPERATIONS:
         found |= genai(life)
+    facts = life.facts  # of answers that did not come from the engine, too
+    found |= {
+        "gen_ai.usage.input_tokens": facts.get("prompt_tokens"),
+        "gen_ai.usage.cache_read.input_tokens": facts.get("cached_tokens"),
+        "gen_ai.usage.output_tokens": facts.get("completion_tokens"),
+        "llmserve.degraded": facts.get("degraded"), "llmserve.cache": facts.get("cache"),
+    }  # fmt: skip
     if life.requests:
         first = life.requests[0]
         found |= {
