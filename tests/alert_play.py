@@ -22,6 +22,7 @@ from prometheus_kit import Prometheus, free_port, watching
 from service_kit import Later, Served, served
 from step_kit import one_step
 
+from service.breaker import State
 from service.limits import RateLimits
 
 PATIENCE_S = 60.0  # for an alert that should take five to fifteen
@@ -77,7 +78,8 @@ def well(here: Served, play: Play) -> None:
 
 
 def slow(here: Served, play: Play) -> None:
-    job = "llmserve-slow"
+    job, breaker = "llmserve-slow", here.house.serving.relief.engine
+    breaker.force(State.DISABLED)  # its turn comes
     here.runner.hold()
     held = [here.later(here.chat, f"{i:09}", max_tokens=8) for i in range(8)]
     here.until(lambda: here.admission.answers == len(held))
@@ -85,7 +87,8 @@ def slow(here: Served, play: Play) -> None:
         one_step(here)
     with repeated(here.chat, every_s=0.1):
         play.until(job, "LlmServeEngineStalled", "LlmServeNotReady", "LlmServeNobodyReady", "LlmServeQueueFull",
-                   "LlmServeKvCacheAlmostFull", "LlmServeRefusing", "LlmServeErrorBudgetBurning")  # fmt: skip
+                   "LlmServeKvCacheAlmostFull", "LlmServeRefusing", "LlmServeErrorBudgetBurning",
+                   "LlmServeDegraded")  # fmt: skip
     here.runner.pace_s = 0.3
     here.runner.go()
     with repeated(*[lambda i=i: here.chat(f"{i:09} slowly", max_tokens=8) for i in range(8)]):
@@ -98,10 +101,12 @@ def slow(here: Served, play: Play) -> None:
     def fail_soon() -> None:
         here.runner.faults[f"step {here.runner.steps + 3}"] = RuntimeError("broken")
 
+    breaker.force(None)
     acts = [lambda: here.chat(f"{next(numbers):09}")] * 3  # one input that fails twice is quarantined: "hello"
-    with repeated(*acts, here.chat, every_s=0.02), repeated(fail_soon, every_s=0.2):
-        play.until(job, "LlmServeEngineErrors", "LlmServeEngineReplaced", "LlmServeQuarantine")
+    with repeated(*acts, here.chat, every_s=0.02), repeated(fail_soon, every_s=0.05):
+        play.until(job, "LlmServeEngineErrors", "LlmServeEngineReplaced", "LlmServeQuarantine", "LlmServeBreakerOpen")
     here.runner.faults.clear()
+    breaker.force(None)
 
 
 class Full:
@@ -122,7 +127,7 @@ def odd(here: Served, play: Play, memory: list[float]) -> None:
     here.runner.pace_s, house.watch.laws_s = 0.01, 0.0
 
     def foretell_too_much() -> None:
-        rates.step_s, rates.drift = 5.0, 1.0
+        rates.step_s, rates.slower = 5.0, [0.0] * 4
 
     before, log = rates.step_s, house.books.log.stream
     house.books.log.stream, bridge.useful = Full(), bridge.useful + 5
@@ -131,7 +136,7 @@ def odd(here: Served, play: Play, memory: list[float]) -> None:
     with repeated(*acts, every_s=0.02), late:
         play.until(job, "LlmServeLawBroken", "LlmServeLogLinesLost", "LlmServePredictionOff", "LlmServeWaste",
                    "LlmServeEventLoopLate")  # fmt: skip
-    house.books.log.stream, bridge.useful, rates.step_s, rates.drift = log, bridge.useful - 5, before, 1.0
+    house.books.log.stream, bridge.useful, rates.step_s = log, bridge.useful - 5, before
     unlimited, house.serving.limits = house.serving.limits, RateLimits(1, 0, house.serving.clock)
     with repeated(here.chat, every_s=0.1):
         play.until(job, "LlmServeRateLimiting")
@@ -162,7 +167,7 @@ def played(folder: Path, place: Path) -> Iterator[Play]:
             first = stage.enter_context(started(folder, "--port", str(port), place=place / "first"))
             settings = {
                 "well": {}, "odd": {"memory_used": lambda: memory[0]},
-                "slow": {"kv_blocks": 8, "stall_after": 0.2, "queue_timeout": 120.0},
+                "slow": {"kv_blocks": 8, "stall_after": 0.2, "queue_timeout": 120.0, "degrade_max_tokens": 64},
             }  # fmt: skip
             services = {}
             for name, wishes in settings.items():
