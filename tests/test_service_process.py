@@ -258,7 +258,8 @@ def test_the_metrics_are_prometheus_own_and_name_nobody(house):
     assert {20.0, 40.0, 80.0, 160.0, 320.0} <= longest
     labels = {name for family in ours for one in family.samples for name in one.labels}
     build = families["llmserve_build_info"].samples[0].labels
-    assert labels - set(build) == {"endpoint", "outcome", "le", "cached", "law", "kind", "reason"}
+    ways = {"state", "to", "rung", "result"}  # of breakers, the ladder, the cache
+    assert labels - set(build) == {"endpoint", "outcome", "le", "cached", "law", "kind", "reason"} | ways
     assert build["name"] and build["kernel"]
     assert SECRET not in page and "my-own-id-77" not in page and "req-" not in page
 
