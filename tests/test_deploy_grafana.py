@@ -74,6 +74,19 @@ def test_provisioning_files_have_their_form(file: str):
     assert all({"name", "type"} <= set(entry) for entry in entries)
 
 
+@pytest.mark.parametrize("file", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "deploy").rglob("*.y*ml")))
+def test_no_key_stands_twice_in_a_file(file: str):
+    """Two people had each added what Grafana needs to compose.yaml; Python takes the last, Docker refuses the file."""
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            assert len(keys) == len(set(keys)), (keys, node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    assert yaml.load((ROOT / file).read_text(encoding="utf-8"), Strict)
+
+
 def test_the_file_is_written_one_field_a_line():
     """So that a change can be read. Python's json would make 3,000 lines of it, or one."""
     lines = (FOLDER / "dashboard.json").read_text(encoding="utf-8").splitlines()
