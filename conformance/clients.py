@@ -1,0 +1,225 @@
+"""B5 seen from outside: clients that leave, stop reading or read slowly. Whether it computes on, its CPU time tells."""
+
+import asyncio
+import importlib.util
+import re
+import socket
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from conformance.judge import Verdict, each, otherwise, passed, refused, unsafe, unseen
+from conformance.target import CHAT, Target, first_event
+from conformance.transport import to_the_end
+from conformance.wire import exchange, opened, sent
+
+STOPS_S = 3.0  # two steps of the model, ten times over
+SEND_TIMEOUT_S = 26.0  # the matrix wants an end after 20 s
+READS_S = 10.0  # byte by byte
+STORM = 200
+FILLS = 300_000  # bytes: more than the kernels of both sides take for a reader with no room
+LONG_PROMPT = 3000  # tokens, where the context is that long
+MIB = 1 << 20
+NOT_OURS = unseen("its process was not started here, so its CPU time is not known")
+
+
+def long_chat(target: Target, text: str = "Write a very long story.", **wishes: Any) -> socket.socket:
+    return target.open_chat(text, **{"max_tokens": target.long_tokens, **target.long, **wishes})
+
+
+def stops(target: Target, patience_s: float = STOPS_S) -> Verdict:
+    """Now that everybody has left."""
+    begin = time.monotonic()
+    idle_s = target.idle_after(40)
+    if idle_s is None:
+        return otherwise("it still computes 40 s later")
+    if idle_s <= patience_s * target.slow:
+        return passed()
+    return otherwise(f"it computes on for {time.monotonic() - begin:.0f} s")
+
+
+def leaves_queue(target: Target) -> Verdict:
+    """Four that are served, two that wait: the waiting ones leave first."""
+    if target.process is None:
+        return NOT_OURS
+    served = [long_chat(target, f"Story {i}", stream=True) for i in range(4)]
+    waiting = [long_chat(target, f"Waiting {i}") for i in range(2)]
+    time.sleep(1.0)
+    for connection in (*waiting, *served):
+        connection.close()
+    return stops(target)
+
+
+def leaves(target: Target) -> Verdict:
+    if target.process is None:
+        return NOT_OURS
+
+    def in_prefill() -> Verdict:
+        with long_chat(target, "word " * min(LONG_PROMPT, target.context // 2)):
+            time.sleep(0.3)
+        return stops(target)
+
+    def in_decode() -> Verdict:
+        with long_chat(target, stream=True) as connection:
+            first_event(connection, 60 * target.slow)
+        return stops(target)
+
+    def in_whole_answer() -> Verdict:
+        with long_chat(target):
+            time.sleep(1.0)
+        return stops(target)
+
+    return each([("a prompt", in_prefill), ("a stream", in_decode), ("a whole answer", in_whole_answer)])
+
+
+def storm(target: Target) -> Verdict:
+    raw = [target.raw(CHAT, target.chat_body(f"{i}", max_tokens=200, stream=bool(i), **target.long)) for i in range(2)]
+    for i in range(STORM):
+        with suppress(ConnectionResetError), opened(target.place) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
+            sent(connection, (b"", raw[0][:100], raw[0], raw[1])[i % 4])
+            if i % 8 > 3:
+                time.sleep(0.005)
+    return NOT_OURS if target.process is None else stops(target, 5.0)
+
+
+def half_close(target: Target) -> Verdict:
+    """Both are clean: a full reply, or an end that does not look like one."""
+    for stream in (False, True):
+        with target.open_chat("half", stream=stream) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            raw, closed = to_the_end(connection, 30.0)
+        if raw[9:10] == b"5":
+            return unsafe(raw[9:12].decode())
+        if finished(raw):
+            return passed("a full reply")
+        if not closed:
+            return otherwise("neither a reply nor an end within 30 s")
+    return passed("given up, and nothing looks complete")
+
+
+def finished(raw: bytes) -> bool:
+    return re.search(rb'"finish_reason": ?"', raw) is not None
+
+
+def stops_reading(target: Target) -> Verdict:
+    """An answer of megabytes, where it can be had, to a reader with room for kilobytes."""
+    before, lines = target.memory(), {"logprobs": True, "top_logprobs": 20}
+    for wishes in (lines | {"n": 4}, lines, {}):
+        body = {"stream": True, "max_tokens": target.long_tokens, **wishes, **target.long}
+        with target.open_chat("Write a very long story.", room=2048, **body) as connection:
+            if first_event(connection, 60 * target.slow).status != 200:
+                continue
+            slowest = others(target, SEND_TIMEOUT_S)
+            rest, closed = to_the_end(connection, 2.0)
+            break
+    else:
+        return unseen("no long stream could be had")
+    grown = (target.memory() - before) / MIB
+    if closed and not finished(rest):
+        return passed("closed")
+    if len(rest) < FILLS and (closed or target.share() > target.rest_share + 0.5):
+        return unseen(f"in that time it says too little ({len(rest) / 1e3:.0f} kB) to fill a connection")
+    waits = f"; others wait for up to {slowest:.0f} s" if slowest > 10 * target.slow else ""
+    return otherwise(f"not closed after {SEND_TIMEOUT_S:.0f} s, {grown:.0f} MiB more than before{waits}")
+
+
+def others(target: Target, seconds: float) -> float:
+    """The longest that a plain request takes in this time. Where one waits for another anyhow, nothing is asked."""
+    end, slowest = time.monotonic() + seconds, 0.0
+    if target.serial:
+        time.sleep(seconds)
+    while time.monotonic() < end:
+        begin = time.monotonic()
+        target.chat(max_tokens=2, patience_s=60)
+        slowest = max(slowest, time.monotonic() - begin)
+        time.sleep(1.0)
+    return slowest
+
+
+def byte_by_byte(target: Target) -> Verdict:
+    """A few bytes a second for some seconds: nobody else may notice, and it may well go on."""
+    before = target.memory()
+    with target.open_chat(
+        "Write a long story.", room=2048, stream=True, max_tokens=min(400, target.long_tokens), **target.long
+    ) as connection:
+        first_event(connection, 60 * target.slow)
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(others, target, READS_S)
+            while not asking.done():
+                with suppress(OSError):
+                    connection.recv(1)
+                time.sleep(0.5)
+            slowest = asking.result()
+    grown = (target.memory() - before) / MIB
+    if slowest > 10 * target.slow:
+        return otherwise(f"others wait for {slowest:.0f} s meanwhile")
+    return passed() if grown < 64 else otherwise(f"its memory grew by {grown:.0f} MiB")
+
+
+def proxies(target: Target) -> Verdict:
+    reply = target.ask(CHAT, target.chat_body(stream=True), "Accept-Encoding: gzip, br")
+    if reply.status != 200:
+        return refused(reply, 0)
+    missing = []
+    if "content-encoding" in reply.headers:
+        missing.append("it compresses a stream")
+    if reply.headers.get("x-accel-buffering") != "no":
+        missing.append("no X-Accel-Buffering")
+    if not reply.headers.get("content-type", "").startswith("text/event-stream"):
+        missing.append("its content type is no event stream's")
+    return otherwise(", ".join(missing)) if missing else passed("signs of life are not seen")
+
+
+def openai_client(target: Target) -> Verdict:
+    if importlib.util.find_spec("openai") is None:
+        return unseen("OpenAI's client is not installed here")
+    return each([("the client", lambda: typed(target)), ("HTTP/1.0", lambda: old_http(target))])
+
+
+def typed(target: Target) -> Verdict:
+    """Both ways of OpenAI's client: what it makes of an answer, a stream, an error."""
+    import openai
+
+    host, port = target.place
+    wishes = {"base_url": f"http://{host}:{port}/v1", "api_key": next(iter(target.keys), "any"), "max_retries": 0}
+    body: Any = target.chat_body(temperature=0, max_tokens=6)
+
+    async def asynchronous() -> str:
+        async with openai.AsyncOpenAI(**wishes) as client:
+            return (await client.chat.completions.create(**body)).choices[0].message.content or ""
+
+    try:
+        with openai.OpenAI(**wishes) as client:
+            whole = client.chat.completions.create(**body)
+            chunks = list(client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+            models = [model.id for model in client.models.list()]
+        other = asyncio.run(asynchronous())
+    except openai.APIStatusError as error:
+        return unsafe(f"{error.status_code}") if error.status_code >= 500 else otherwise(f"{error.status_code}")
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    text, usage = whole.choices[0].message.content or "", whole.usage
+    wrong = {
+        "a stream says another text": streamed.strip() != text.strip() or other != text,
+        "no _request_id": not whole._request_id,
+        "usage does not add up": usage is None or usage.total_tokens != usage.prompt_tokens + usage.completion_tokens,
+        "no usage in a stream that was asked for it": not any(chunk.usage for chunk in chunks),
+        "the model is not in its list": target.model not in models,
+    }
+    found = [what for what, is_so in wrong.items() if is_so]
+    return otherwise(", ".join(found)) if found else passed()
+
+
+def old_http(target: Target) -> Verdict:
+    reply = exchange(target.place, target.raw(CHAT, target.chat_body(), version="1.0"))
+    if reply.status != 200:
+        return refused(reply, 0)
+    return passed() if "transfer-encoding" not in reply.headers else otherwise("chunks, which HTTP/1.0 does not know")
+
+
+PROBES = {
+    60: leaves_queue, 61: leaves, 62: storm, 63: half_close, 66: proxies, 67: openai_client,
+}  # fmt: skip
+PATIENT = {64: stops_reading, 65: byte_by_byte}
