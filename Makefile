@@ -5,13 +5,14 @@
 # make bench-serve   start it, measure it with the standard matrix, write the report: ten minutes
 # make soak    two hours of everything that strangers do: does the service stay what it was?
 # make peers   llama.cpp, vLLM and guidellm in environments of their own, for make bench to compare with
+# make conformance   the 74 cases of the fault matrix: this service, and others that make peers has installed
 # make run ARGS="--quick --breakdown" hands arguments on.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run serve test test-fast check format bench bench-serve soak peers clean
+.PHONY: run serve test test-fast check format bench bench-serve soak conformance peers clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.run
@@ -46,6 +47,9 @@ bench-serve: $(VENV)/.serve
 
 soak: $(VENV)/.serve
 	@$(BIN)/python -m experiments.soak $(ARGS)
+
+conformance: $(VENV)/.dev
+	@$(BIN)/python -m conformance $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-openai2 .venv-openai2.lock .peers .pytest_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ ROWS = {
     "service": 4,
     "infer": 5, "serve": 5, "inspect_prefill_decode": 5, "batch_experiment": 5, "kv_experiment": 5, "report": 5,
     "load_test": 5, "experiments": 5,
-    "benchmarks": 6,  # they may run the scripts themselves
+    "benchmarks": 6, "conformance": 6,  # they may run the scripts themselves
 }  # fmt: skip
 TORCH_FREE = ("load.start", "load.looks", "load.mixed", "lab.soak_judge", "lab.soak_tables", "lab.soak_plots",
               "lab.pulse_figures", "lab.pulse_model", "lab.pulse_tables", "lab.pulse_words", "lab.pulse_plots",

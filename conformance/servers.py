@@ -1,0 +1,178 @@
+"""Servers that are started here to be looked at: this kit's, transformers serve, llama-server. Each with one model.
+
+All of them hold SmolLM2-135M-Instruct, the model that is installed with this kit, with four answers at once where they
+can be told so. Others live in environments of their own: see benchmarks/peers/install.sh.
+"""
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from config import ROOT, UserError
+from conformance.target import Target
+from weights.find import EMBEDDED, embedded, embedded_gguf
+
+PEERS = ROOT / ".peers"
+START_S = 300.0
+SLOTS = 4
+KEYS = ("sk-the-first-key-of-two", "sk-the-second-key-of-two")
+IGNORE_EOS = {"ignore_eos": True}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def started(name: str, command: Sequence[str | Path], port: int, **environment: str) -> subprocess.Popen:
+    """Its process, once it answers 200 at /health. UserError."""
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | environment,
+    )  # fmt: skip
+    begin = time.monotonic()
+    while time.monotonic() - begin < START_S:
+        if process.poll() is not None:
+            raise UserError(
+                f"{name} ended with status {process.returncode} before it served: {command[0]} by hand tells why."
+            )
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        with suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/health")
+            if connection.getresponse().status == 200:
+                connection.close()
+                return process
+        connection.close()
+        time.sleep(0.1)
+    ended(process)
+    raise UserError(f"{name} did not serve within {START_S:.0f} s.")
+
+
+def ended(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def asked(port: int, path: str, key: str | None = None) -> Any:
+    """The JSON at this path."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        return json.load(connection.getresponse())
+    finally:
+        connection.close()
+
+
+def context() -> int:
+    folder = embedded().folder
+    assert folder is not None  # the embedded model is real weights, never random ones
+    return json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+
+
+def ours(requests_a_minute: int = 0, tokens_a_minute: int = 0) -> Target:
+    """This kit's service, as a user starts it, with its default limits."""
+    port, keys = free_port(), Path(tempfile.mkdtemp()) / "keys"
+    keys.write_text("\n".join(KEYS))
+    command = [sys.executable, "serve.py", "--model", EMBEDDED, "--port", port, "--api-keys-file", keys,
+               "--max-running", SLOTS, "--max-queued", SLOTS, "--log-file", os.devnull,
+               "--requests-per-minute", requests_a_minute, "--tokens-per-minute", tokens_a_minute]  # fmt: skip
+    process = started("serve.py", command, port)
+    model = asked(port, "/v1/models", KEYS[0])["data"][0]["id"]
+    return Target(
+        "this service", ("127.0.0.1", port), model, KEYS, IGNORE_EOS, context(), 2 * SLOTS, process, limited=ours,
+        close=lambda: ended(process),
+    )  # fmt: skip
+
+
+def transformers(*options: str) -> Target:
+    """transformers serve, pinned to the same weights as a folder. It knows neither keys nor limits nor ignore_eos."""
+    program, port = PEERS / "transformers_serve/bin/transformers", free_port()
+    home = named_folder()
+    command = [program, "serve", home.name, "--device", "cpu", "--host", "127.0.0.1", "--port", port, *options]
+    process = started("transformers serve", command, port, HF_HUB_OFFLINE="1")
+    name = "transformers serve" + ", continuous batching" * ("--continuous-batching" in options)
+
+    def close() -> None:
+        ended(process)
+        home.cleanup()
+
+    return Target(name, ("127.0.0.1", port), home.name, (), {}, context(), None, process, close=close)
+
+
+def named_folder() -> tempfile.TemporaryDirectory:
+    """The embedded model, with the name of its architecture in its config: transformers serve asks for it."""
+    folder, home = embedded().folder, tempfile.TemporaryDirectory()
+    assert folder is not None
+    for file in folder.iterdir():
+        (Path(home.name) / file.name).symlink_to(file)
+    config = Path(home.name) / "config.json"
+    told = json.loads(config.read_text())
+    config.unlink()
+    config.write_text(json.dumps(told | {"architectures": ["LlamaForCausalLM"]}))
+    return home
+
+
+def llama_server() -> Target:
+    """llama.cpp's server, with the embedded GGUF file as it is."""
+    place = PEERS / "llama_cpp"
+    program = next(path for path in place.rglob("llama-server") if path.is_file() and os.access(path, os.X_OK))
+    port, (gguf, _) = free_port(), embedded_gguf()
+    command = [program, "-m", gguf, "-np", SLOTS, "-c", SLOTS * context(), "--host", "127.0.0.1",
+               "--port", port, "--metrics", "--jinja", "--api-key", ",".join(KEYS)]  # fmt: skip
+    process = started("llama-server", command, port, LD_LIBRARY_PATH=str(program.parent))
+    model = asked(port, "/v1/models", KEYS[0])["data"][0]["id"]
+    return Target(
+        "llama-server", ("127.0.0.1", port), model, KEYS, IGNORE_EOS, context(), None, process,
+        close=lambda: ended(process),
+    )  # fmt: skip
+
+
+STARTS: dict[str, Callable[[], Target]] = {
+    "ours": ours,
+    "transformers": transformers,
+    "transformers-cb": lambda: transformers("--continuous-batching"),
+    "llama-server": llama_server,
+}
+HOMES = {"transformers": "transformers_serve", "transformers-cb": "transformers_serve", "llama-server": "llama_cpp"}
+
+
+def lacking(name: str) -> str | None:
+    """A sentence where a server is not installed here."""
+    home = HOMES.get(name)
+    if home is None or (PEERS / home / ".done").exists():
+        return None
+    return f"{name} is left out: it is not installed. Type benchmarks/peers/install.sh {home}."
+
+
+def at(url: str, name: str | None, model: str | None, key: str | None) -> Target:
+    """A server that somebody else started. UserError."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise UserError(f"--url {url} is no address such as http://127.0.0.1:8000: give one.")
+    place = (parts.hostname, parts.port or 80)
+    found = Target(name or parts.netloc, place, model or "", (key,) if key else ())
+    try:
+        reply = found.ask("/v1/models")
+    except OSError as error:
+        raise UserError(
+            f"Nothing answers at {url} ({error.strerror or error}): start it, or name another address."
+        ) from error
+    if not model:
+        try:
+            found.model = reply.json["data"][0]["id"]
+        except (TypeError, KeyError, IndexError) as error:
+            raise UserError(f"{url}/v1/models names no model ({reply.status}): give --model, and --api-key.") from error
+    return found

@@ -1,0 +1,354 @@
+"""The conformance card: the matrix is whole, its numbers are counted rightly, and every judge can say no."""
+
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from service_kit import CONTEXT, NAME, served
+
+from config import UserError
+from conformance import servers, suite, tables, transport, values
+from conformance.__main__ import main
+from conformance.judge import Kind, Verdict, each, otherwise, passed, refused, unsafe
+from conformance.look import IN_TURN, PATIENT, Looks, attempted
+from conformance.matrix import STARTS, cases, groups, numbers_of
+from conformance.plugin import OUT
+from conformance.suite import Found, Outcome
+from conformance.target import Target
+from conformance.wire import Hung, Reply
+
+# ---- the matrix
+
+
+def test_the_matrix_has_74_cases_of_six_groups_each_with_words_of_its_own():
+    assert sorted(cases()) == list(range(1, 75))
+    assert {case.group for case in cases().values()} == set(groups()) == set(STARTS)
+    assert len({case.case for case in cases().values()}) == 74 and all(case.expected for case in cases().values())
+    assert {number for number, case in cases().items() if case.changed} == {23, 44, 50, 63}
+
+
+def test_every_case_has_a_test_of_its_number():
+    names = re.findall(r"^(?:async )?def (test_b\d\w+)", "\n".join(map(Path.read_text, suite.files())), re.MULTILINE)
+    covered = {number for name in names for number in numbers_of(name)}
+    assert covered == set(cases())
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("test_b9_a_slow_body", (9,)), ("test_b67_b68_a_stream_that_breaks", (67, 68)),
+        ("test_b1_2_10_what", (1, 2, 10)),
+        ("test_b33_to_36_the_limits", (33, 34, 35, 36)), ("test_b62_200_connections", (62,)), ("test_batch", ()),
+        ("test_b67_http_1_0_gets_no_chunks", (67,)), ("test_what_b9_is", ()), ("test_b70", (70,)),
+    ],
+)  # fmt: skip
+def test_a_tests_name_begins_with_its_numbers(name: str, numbers: tuple[int, ...]):
+    assert numbers_of(name) == numbers
+
+
+# ---- the card of the tests
+
+TESTS = """
+import pytest
+def test_b1_holds(): pass
+def test_b1_b2_does_not(): assert 1 == 2
+@pytest.mark.skip(reason="no such program here")
+def test_b3_cannot_be_told(): pass
+@pytest.fixture
+def broken(): raise OSError("no disk")
+def test_b4_has_a_broken_fixture(broken): pass
+@pytest.mark.parametrize("number", [5, 6])
+def test_b5_6_rows(number): assert number == 5
+def test_of_no_case(): assert False
+"""
+
+
+@pytest.mark.slow
+def test_a_case_passes_only_when_all_its_tests_do(tmp_path):
+    (tmp_path / "test_small.py").write_text(TESTS)
+    place = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "conformance.plugin",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        tmp_path,
+    ]
+    path = {"PYTHONPATH": str(ROOT), OUT: str(place), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    ran = subprocess.run([*command, tmp_path / "test_small.py"], cwd=tmp_path, env=path, capture_output=True, text=True)
+    assert ran.returncode == 1 and "1 deselected" in ran.stdout, ran.stdout + ran.stderr
+    found = suite.card(json.loads(place.read_text()))
+    assert [found[number].outcome for number in range(1, 8)] == [
+        Outcome.FAIL, Outcome.FAIL, Outcome.SKIPPED, Outcome.FAIL, Outcome.PASS, Outcome.FAIL, Outcome.MISSING,
+    ]  # fmt: skip
+    assert found[1].tests == 2 and "test_b1_b2_does_not: assert 1 == 2" in found[1].why
+    assert "no such program here" in found[3].why and "no disk" in found[4].why
+
+
+def test_the_card_counts_what_it_shows():
+    found = {number: Found(Outcome.PASS, 2) for number in cases()}
+    found |= {7: Found(Outcome.FAIL, 1, 0.1, "why not"), 74: Found(Outcome.MISSING)}
+    card = tables.suite_card(found).splitlines()
+    assert [part.strip() for part in card[2].split("|")[1:-1]] == [
+        "B1 Transport and framing", "1–19", "●●●●● ●✗●●● ●●●●● ●●●●", "18", "1", "0", "0", "37",
+    ]  # fmt: skip
+    assert [part.strip() for part in card[8].split("|")[1:-1]] == ["all", "1–74", "", "72", "1", "0", "1", "145"]
+    rest = tables.suite_rest(found)
+    assert "why not" in rest and "no test has this number" in rest and rest.count("\n") == 3
+    assert tables.suite_rest(dict.fromkeys(cases(), Found(Outcome.PASS, 1))) == ""
+
+
+# ---- verdicts
+
+
+def reply(status: int, body: bytes = b'{"error": {"message": "no"}}') -> Reply:
+    return Reply(status, {}, body)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "says"),
+    [
+        (reply(400), Kind.PASS, ""), (reply(422), Kind.OTHERWISE, "422"), (reply(200, b"{}"), Kind.OTHERWISE, "200"),
+        (reply(400, b'{"detail": "no"}'), Kind.OTHERWISE, "400 without OpenAI's error object"),
+        (reply(400, b'{"error": NaN}'), Kind.OTHERWISE, "400 without OpenAI's error object"),
+        (reply(500), Kind.UNSAFE, "500"), (reply(503), Kind.UNSAFE, "503"),
+        (reply(501), Kind.OTHERWISE, "501"), (Reply(), Kind.OTHERWISE, "the connection closed without an answer"),
+        (reply(400, b"Traceback (most recent call last)"), Kind.UNSAFE, "400 with a traceback"),
+        (reply(200, b'data: {"error": {"message": "x"}}\n\n'), Kind.OTHERWISE, "200, and an error inside the stream"),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_judged_by_status_and_form_and_safety_by_itself(answer: Reply, kind: Kind, says: str):
+    assert refused(answer, 400) == Verdict(kind, says)
+
+
+def test_of_several_verdicts_the_worst_counts_and_a_hang_ends_the_asking():
+    def hang() -> Verdict:
+        raise Hung("did not answer within 20 s")
+
+    assert each([("a", passed), ("b", lambda: otherwise("200")), ("c", lambda: otherwise("200"))]) == otherwise(
+        "200 for b, c (1 of 3 as wanted)"
+    )
+    found = each([("a", lambda: otherwise("200")), ("b", hang), ("c", lambda: pytest.fail("asked after a hang"))])
+    assert found == unsafe("it did not answer within 20 s for b (0 of 2 as wanted)")
+    assert each([("a", passed), ("b", passed)]) == passed()
+
+
+# ---- probes, against servers that are good for nothing
+
+
+class Stand:
+    """A server that gives every request the same bytes. None: it says nothing. At most `most` connections, if given."""
+
+    def __init__(self, answer: bytes | Callable[[bytes], bytes | None] | None, most: int | None = None) -> None:
+        self.answer, self.most, self.open = answer, most, []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        while self.most is None or self.most > 0:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            self.most = None if self.most is None else self.most - 1
+            self.open.append(connection)
+            threading.Thread(target=self.one, args=(connection,), daemon=True).start()
+        self.socket.close()
+
+    def one(self, connection: socket.socket) -> None:
+        raw = b""
+        try:
+            while b"\r\n\r\n" not in raw and (piece := connection.recv(1 << 20)):
+                raw += piece
+            length = re.search(rb"(?i)content-length: (\d+)", raw)
+            wanted = raw.find(b"\r\n\r\n") + 4 + int(length[1] if length else 0)
+            while len(raw) < min(wanted, 1 << 24) and (piece := connection.recv(1 << 20)):
+                raw += piece
+            if (found := self.answer(raw) if callable(self.answer) else self.answer) is not None:
+                connection.sendall(found)
+                connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def target(self) -> Target:
+        found = Target("stand-in", self.socket.getsockname(), "it", greedy="yes", context=40)
+        found.slow = 0.02  # of a patience of 20 s
+        return found
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # it may have closed by itself
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes who waits for a connection
+        self.thread.join(10)
+        self.socket.close()
+        for connection in self.open:
+            connection.close()
+
+
+def http(status: int, body: bytes, *headers: str) -> bytes:
+    head = "\r\n".join([f"HTTP/1.1 {status} x", f"Content-Length: {len(body)}", "Connection: close", *headers, "", ""])
+    return head.encode() + body
+
+
+SAYS_YES = http(200, b'{"choices": [{"message": {"content": "yes"}}], "usage": {"prompt_tokens": 3}}')
+REFUSES = http(400, b'{"error": {"message": "no"}}')
+FAILS = http(500, b"Internal Server Error")
+REFUSALS = (1, 2, 3, 10, 11, 13, 14, 28, 29, 35, 36, 39, 41, 42, 44, 48)  # of which every request must be a 400
+
+
+@pytest.fixture
+def stand():
+    made = []
+
+    def make(*arguments) -> Stand:
+        made.append(Stand(*arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", REFUSALS)
+def test_who_refuses_passes_who_says_yes_differs_and_who_fails_or_hangs_is_unsafe(stand, number: int):
+    look = IN_TURN[number]
+    found = [attempted(look, stand(answer).target()) for answer in (REFUSES, SAYS_YES, FAILS, None)]
+    assert [one.kind for one in found] == [Kind.PASS, Kind.OTHERWISE, Kind.UNSAFE, Kind.UNSAFE], found
+    assert "200" in found[1].says and "500" in found[2].says and "did not answer" in found[3].says
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", sorted({*IN_TURN} - {*REFUSALS} - {27, 50, 51, 52, 54, 60, 61, 62, 67}))
+def test_no_probe_is_content_with_a_server_that_always_fails(stand, number: int):
+    """But for those of what it does not have: keys, quotas."""
+    found = attempted(IN_TURN[number], stand(FAILS).target())
+    assert found.kind != Kind.PASS or number in (7, 16), found
+
+
+@pytest.mark.slow
+def test_a_server_that_neither_reads_on_nor_answers_is_told_so(stand):
+    found = transport.too_large_in_chunks(stand(None).target())
+    assert found.kind == Kind.OTHERWISE and "neither reads on nor answers" in found.says
+
+
+@pytest.mark.slow
+def test_a_fetched_picture_is_seen(stand):
+    def fetch(raw: bytes) -> bytes:
+        if found := re.search(rb'"url": "http://127.0.0.1:(\d+)/', raw):
+            socket.create_connection(("127.0.0.1", int(found[1]))).close()
+        return REFUSES
+
+    assert values.parts(stand(fetch).target()) == unsafe("it fetches an address that a client names")
+
+
+# ---- a whole look
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_is_asked_no_more_and_nothing_is_made_up(stand):
+    one = stand(SAYS_YES, 10)
+    looks = Looks(one.target, again=False)
+    found = looks.all({1, 2, 3, 28, 29, 73, 74})
+    assert found[3].kind == Kind.UNSAFE
+    assert found[29].kind == Kind.UNSEEN and "was not asked" in found[29].says
+    assert found[74].kind == Kind.UNSEEN
+
+
+@pytest.mark.slow
+def test_another_text_afterwards_is_no_pass(stand):
+    asked = []
+
+    def forgetful(raw: bytes) -> bytes:
+        if b"capital of France" not in raw:
+            return REFUSES
+        asked.append(raw)
+        return SAYS_YES if len(asked) == 1 else SAYS_YES.replace(b"yes", b"no!")
+
+    found = Looks(stand(forgetful).target, again=False).all({1, 2})
+    assert found[1].kind == found[2].kind == Kind.OTHERWISE and "another text" in found[1].says
+
+
+QUICK = {1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 23, 24, 28, 29, 30, 32, 33, 34, 35, 36, 37, 38,
+         39, 41, 42, 44, 47, 48, 49, 50, 63, 66}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_this_service_passes_whatever_can_be_seen_from_outside_at_once(checkpoint_folder):
+    with served(checkpoint_folder, max_queued=40, max_body=1 << 20) as here:
+        target = Target("ours", ("127.0.0.1", here.port), NAME, long={"ignore_eos": True}, context=CONTEXT, greedy="")
+        for number in sorted(QUICK):
+            found = attempted(IN_TURN[number], target)
+            assert found.kind == Kind.PASS, (number, found)
+
+
+def test_every_case_is_looked_at_or_said_to_be_hidden():
+    from conformance.ending import HIDDEN, LAST
+
+    assert sorted([*IN_TURN, *PATIENT, *HIDDEN, *LAST]) == list(range(1, 75))
+
+
+# ---- the tables and the command line
+
+LOOKED = {
+    "ours": {number: passed() for number in cases()},
+    "another": {number: otherwise("200 for x") if number < 60 else unsafe("500") for number in range(1, 74)}
+    | {74: Verdict(Kind.UNSEEN, "hidden")},
+}  # fmt: skip
+
+
+def test_the_comparison_counts_both_questions_of_what_was_seen():
+    rows = tables.looks_totals(LOOKED).splitlines()[2:]
+    assert [[part.strip() for part in row.split("|")[1:-1]] for row in rows] == [
+        ["ours", "74 of 74", "74 of 74", "0", "0"], ["another", "0 of 73", "59 of 73", "1", "0"],
+    ]  # fmt: skip
+    card = tables.looks_card(LOOKED)
+    assert "◐◐◐◐◐ ◐◐◐◐◐ ◐◐◐◐◐ ◐◐◐◐" in card and "✗✗✗✗✗ ✗·" in card
+    assert tables.looks_rest("ours", LOOKED["ours"]).endswith("All as wanted.")
+    assert tables.looks_rest("another", LOOKED["another"]).count("\n") == 2 + 2 + 73 - 1
+    assert "hidden" in tables.unseen_reasons(LOOKED) and "another |" in tables.unseen_reasons(LOOKED)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--suite", "--start", "ours"], "different looks"), (["--name", "x"], "--url"),
+        (["--cases", "75"], "up to 74"),
+        (["--url", "ftp://x", "--json", "-"], "no address"),
+        (["--url", "http://127.0.0.1:1", "--json", "-"], "Nothing answers"),
+    ],
+)  # fmt: skip
+def test_a_wrong_wish_is_one_sentence(words: list[str], says: str):
+    with pytest.raises(UserError, match=re.escape(says)):
+        main(words)
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_the_command_that_installs_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(servers, "PEERS", tmp_path)
+    assert servers.lacking("ours") is None
+    assert "install.sh llama_cpp" in (servers.lacking("llama-server") or "")
+
+
+@pytest.mark.slow
+def test_a_server_by_its_address_is_looked_at_and_recorded(stand, capsys, tmp_path):
+    one = stand(lambda raw: REFUSES if b"POST" in raw and b"capital" not in raw else http(
+        200, b'{"data": [{"id": "it"}], "choices": [{"message": {"content": "yes"}}]}'))  # fmt: skip
+    url = "http://{}:{}".format(*one.socket.getsockname())
+    out = tmp_path / "out.jsonl"
+    assert main(["--url", url, "--name", "mine", "--cases", "1,2,4", "--json", str(out)]) == 0
+    page = capsys.readouterr().out
+    assert "| mine     |" in page and "3 of 3" in page and "mine, from outside: 3 of 3 cases" in page
+    record = json.loads(out.read_text())
+    assert record["looks"]["mine"]["1"] == {"kind": "pass", "says": ""} and record["suite"] == {}
