@@ -6,35 +6,14 @@ from pathlib import Path
 
 import psutil
 
-CGROUP = Path("/sys/fs/cgroup")  # version 2
-OWN_GROUP = Path("/proc/self/cgroup")
+from weights.room import GROUPS, OWN, tightest
+
 PROCESS = psutil.Process()
 
 
-def memory_share(root: Path = CGROUP, own: Path = OWN_GROUP) -> float:
-    """Used, of what there is: of the control group where one has a limit, else of the machine.
-
-    File contents that the kernel keeps as long as nobody needs the space are not used memory.
-    """
-    for group in groups(root, own):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            most = (group / "memory.max").read_text().strip()
-            if most != "max":
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                return (int((group / "memory.current").read_text()) - int(stat["inactive_file"])) / int(most)
-    return psutil.virtual_memory().percent / 100
-
-
-def groups(root: Path, own: Path) -> list[Path]:
-    """This process's control group and those around it, the nearest first.
-
-    A systemd unit's limit is in a group of its own, far below the root; a container sees its own group as the root.
-    """
-    names: list[str] = []
-    with contextlib.suppress(OSError, StopIteration):
-        line = next(line for line in own.read_text().splitlines() if line.startswith("0::"))
-        names = [name for name in line.removeprefix("0::").split("/") if name]
-    return [root.joinpath(*names[:depth]) for depth in range(len(names), -1, -1)]
+def memory_share(root: Path = GROUPS, own: Path = OWN) -> float:
+    """Used, of what this process may use: of its control groups where one has a limit, and of the machine."""
+    return tightest(root, own).share
 
 
 def device_memory() -> dict[str, int]:

@@ -26,7 +26,7 @@ TORCH_FREE = ("load.start", "load.looks", "load.mixed", "lab.soak_judge", "lab.s
               "lab.pulse_figures", "lab.pulse_model", "lab.pulse_tables", "lab.pulse_words", "lab.pulse_plots",
               "config", "metrics", "tokenizer", "report", "lab.records", "lab.checklist", "lab.verdict", "lab.roofline",
               "lab.request_tables", "lab.request_words", "lab.console", "lab.fits", "lab.sampler", "weights.find",
-              "weights.hub", "weights.gguf_cache", "weights.random_init", "batcher",
+              "weights.hub", "weights.room", "weights.gguf_cache", "weights.random_init", "batcher",
               "lab.arrivals", "lab.simulation", "lab.prompts", "lab.batch_trial", "lab.batch_figures",
               "lab.batch_tables", "lab.batch_words", "lab.batch_window", "lab.batch_plots", "lab.kv_figures",
               "engine.request", "engine.kv_blocks", "engine.scheduler", "engine.engine", "engine.text", "engine.step",

@@ -2,12 +2,11 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from config import Config, UserError
+from weights.room import rooms
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,8 @@ def resolve(config: Config) -> Place:
 
 
 def free_memory() -> int:
-    """Bytes that can still be taken: of the machine, or of the container's limit (cgroup v2) where that is less."""
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    """Bytes that can still be taken: of the machine, or of the limit set for this process where that is less."""
+    return min(room.free for room in rooms())
 
 
 def set_threads(threads: int) -> None:
