@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import openai
@@ -251,6 +252,28 @@ def test_a_cut_connection_is_an_error_for_openais_client_and_the_end_of_a_raw_on
         streams.pop("replica-2").close()
         assert kinds(traces) == {"answered": 4}, "no byte of theirs had come"
         assert int(balancer.table()["replica-1"]["wredis"]) >= 1
+
+
+def test_a_request_that_is_too_long_to_be_kept_is_lost_with_an_error_that_openais_clients_send_again(house):
+    padded = json.dumps(chat_body("long", max_tokens=4000, ignore_eos=True)).encode() + b" " * 100_000
+    with piped(house) as (pipe, balancer), ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(posted, balancer.url + CHAT, padded) for _ in range(2)]
+        until(lambda: balancer.table()["replica-1"]["scur"] == "1", "for one on each")
+        until(lambda: house.figure("replica-1", "running") == 1, "for it to run")
+        pipe.cut()
+        found = {status: (headers, body) for status, headers, body in (one.result() for one in waiting)}
+    assert set(found) == {200, 502}
+    headers, body = found[502]
+    assert body["error"]["code"] == "replica_lost" and headers["x-should-retry"] == "true"
+
+
+def posted(url: str, raw: bytes) -> tuple[int, dict[str, str], dict]:
+    try:
+        with urlopen(Request(url, raw, {"Content-Type": "application/json"}), timeout=30) as answer:
+            return answer.status, dict(answer.headers), json.load(answer)
+    except HTTPError as error:
+        with error:
+            return error.code, dict(error.headers), json.load(error)
 
 
 def test_late_packets_and_a_slow_line_change_no_answer(house):
