@@ -15,8 +15,9 @@ from benchmarks.serve_process import OurService
 from config import PromptConfig
 from lab import client
 from serve import model_of
-from service.app import House, make_app
+from service.app import make_app
 from service.assembly import assembled, on_passing_thread
+from service.house import House
 from service.server import Server
 from service.settings import ServeConfig
 

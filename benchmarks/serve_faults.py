@@ -24,9 +24,9 @@ from lab import client
 from lab.console import progress
 from metrics import certified, ms, percentile
 from serve import model_of
-from service.app import House
 from service.assembly import assembled, on_passing_thread
 from service.breaker import Breaker, State
+from service.house import House
 from service.settings import ServeConfig
 from weights import tiny
 

@@ -11,10 +11,10 @@ from typing import Any, TextIO, TypeVar
 
 from engine.engine import Engine
 from service.admission import Admission, Limits
-from service.app import House
 from service.books import Books
 from service.breaker import State
 from service.bridge import Bridge
+from service.house import House
 from service.keys import Keys
 from service.life import Tracing
 from service.limits import RateLimits

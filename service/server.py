@@ -7,9 +7,9 @@ from typing import Any
 
 import uvicorn
 
-from service.app import House
 from service.connection import connection_class
 from service.guard import Guard
+from service.house import House
 from service.notify import Notifier
 
 BACKLOG = 2048

@@ -19,8 +19,9 @@ from engine.kv_blocks import Blocks
 from engine.request import Choice
 from engine.scheduler import Scheduler
 from service.admission import Rates
-from service.app import House, make_app
+from service.app import make_app
 from service.assembly import Model, assembled
+from service.house import House
 from service.prompts import Prompts
 from service.server import Server
 from service.settings import ServeConfig
