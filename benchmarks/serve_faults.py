@@ -4,6 +4,7 @@ Real requests over sockets, a real engine on a model of next to nothing, faults 
 """
 
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,15 +35,17 @@ TWICE = 2.0  # as long as before it stays open when a probe fails
 CROWD, REFUSED, AFTER = 24, 100, 20  # requests as it half-opens, while it is open, and when it is closed again
 LATE_S = 0.5  # the event loop's and the client's; an answer says its time in whole seconds
 NEW = 4
-LONG = 200  # tokens of a probe: it has not ended before all who came with it have been decided on
+HELD_S = 2.0  # in which CROWD requests are decided on; they take some 20 ms
 
 
 class Faulty:
-    """The engine's runner. broken: every request that is due a token fails instead."""
+    """The engine's runner. broken: every request that is due a token fails instead. gate: closed, no step begins."""
 
     def __init__(self) -> None:
         self.inner: Any = None
         self.broken = False
+        self.gate = threading.Event()
+        self.gate.set()
         self.seen: set[int] = set()  # requests that were computed
 
     def run(self, slices: Sequence[Any]) -> list[Any]:
@@ -68,9 +71,9 @@ class Service:
     def breaker(self) -> Breaker:
         return self.house.serving.relief.engine
 
-    def ask(self, requests: int, clients: int = 1, new: int = NEW) -> list[client.Trace]:
+    def ask(self, requests: int, clients: int = 1) -> list[client.Trace]:
         bodies = [
-            {"model": self.house.name, "prompt": f"{next(self.numbers)} of many", "max_tokens": new,
+            {"model": self.house.name, "prompt": f"{next(self.numbers)} of many", "max_tokens": NEW,
              "temperature": 0, "ignore_eos": True}
             for _ in range(requests)
         ]  # fmt: skip
@@ -98,10 +101,17 @@ def served(folder: Path) -> Iterator[Service]:
     house = on_passing_thread(made)
     with running(house) as (url, _):
         yield Service(house, faulty, url)
+        faulty.gate.set()
 
 
 def with_faults(engine: Engine, faulty: Faulty) -> Engine:
-    faulty.inner, engine.runner = engine.runner, faulty
+    faulty.inner, engine.runner, step = engine.runner, faulty, engine.step
+
+    def step_when_let() -> bool:
+        faulty.gate.wait()  # before the step's own clock starts: a probe that is held is no slow one
+        return step()
+
+    engine.step = step_when_let
     return engine
 
 
@@ -145,13 +155,23 @@ def episode(service: Service, good: int) -> Episode:
     wishes = [trace.wish_s() - (until_s - trace.end_s) for trace in refused if trace.wish_s() is not None]
     faulty.broken = False
     wait_until(until_s)
-    probes = service.ask(CROWD, clients=CROWD, new=LONG)
+    probes = crowd(service)
     healed = service.ask(AFTER, clients=4)
     return Episode(
         sum(trace.status == 500 for trace in calls), breaker.rules.window, reached, wishes,
         [trace.e2e_s for trace in refused], sum(trace.complete for trace in probes), str(breaker.state),
         sum(trace.complete for trace in healed),
     )  # fmt: skip
+
+
+def crowd(service: Service) -> list[client.Trace]:
+    """CROWD at once, while the engine is held: no probe has ended before all who came with it have been decided on."""
+    service.faulty.gate.clear()
+    letting = threading.Timer(HELD_S, service.faulty.gate.set)
+    letting.start()
+    found = service.ask(CROWD, clients=CROWD)
+    letting.join()
+    return found
 
 
 def wait_until(moment_s: float) -> None:

@@ -24,6 +24,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -46,6 +47,7 @@ TINY, CONTEXT, TINY_KV_GB, KV_GB = "tiny", 512, 0.02, 0.5
 KEYS = ("sk-soak-one", "sk-soak-two", "sk-soak-three")
 CLIENTS = 20  # more than there are slots: the most that it can do
 TURNS_OF_POOL = 1.2  # so often all of the memory for keys and values is written before it counts
+WORDS_KEPT = 12_000  # more than a tokenizer of this kind remembers (10,000, tokenizers' models/bpe)
 RUSH, RUSH_S = 3.0, 5.0  # times what it can do, for so long
 REST_S, REST_LOOKS = 0.5, 24
 PROBE = "Say what a cache is."
@@ -85,11 +87,18 @@ class Soak:
     # ---- before it counts
 
     def prepare(self, runner: asyncio.Runner) -> None:
-        """Write all memory for keys and values once, measure what the service can do, ask the first probe."""
+        """Fill what is meant to fill, measure what the service can do, ask the first probe.
+
+        All memory for keys and values is written once. And tokenizers keep the words that they have split, up to a
+        fixed number: 3 MiB that come one by one over tens of thousands of requests, and look like a leak until then.
+        """
         self.record["looks"].append(seen_at(self.outside, self.start_s))
         pool = self.outside.kv_tokens()
         while self.outside.look().get("computed", 0) < TURNS_OF_POOL * pool:
             self.rate_of(runner, 1.0)
+        talkers = self.visitors.talkers()
+        while self.visitors.spoken < WORDS_KEPT:
+            self.rate_of(runner, 1.0, talkers)
         most = self.rate_of(runner, self.config.probe_s)
         if not most:
             raise UserError("The service answered nobody: try `python3 serve.py` by itself, and look at its log.")
@@ -98,8 +107,8 @@ class Soak:
         self.record["probes"] = [runner.run(self.probe()), None]
         self.rest()
 
-    def rate_of(self, runner: asyncio.Runner, seconds: float) -> float:
-        rate, doubtful = runner.run(busy(self.url, self.visitors.stayers(), CLIENTS, seconds))
+    def rate_of(self, runner: asyncio.Runner, seconds: float, visits: Iterator[Visit] | None = None) -> float:
+        rate, doubtful = runner.run(busy(self.url, visits or self.visitors.stayers(), CLIENTS, seconds))
         self.doubtful += doubtful
         return rate
 

@@ -66,7 +66,7 @@ def held_table(record: Record) -> str:
     rests, looks = record["rests"], record["looks"]
     ready = [one for one in rests if one["at"] >= record["ready_s"]] if record["ready_s"] else []
     told = {"when it had started": looks[0]}
-    told |= {"when every block had been written": rests[0]} if rests else {}
+    told |= {"when all caches were full": rests[0]} if rests else {}
     told |= {"after the warm-up": ready[0], "at the end": ready[-1]} if ready else {}
     rows = [(name, *row_of(one)) for name, one in told.items()]
     busiest = {
@@ -75,7 +75,10 @@ def held_table(record: Record) -> str:
     rows.append(("the most while it was asked", *row_of(busiest | {"at": None})))
     columns = [("look", "left"), ("minute", "right"), ("RssAnon + VmSwap (MiB)", "right"), ("files", "right"),
                ("threads", "right"), ("tasks", "right")]  # fmt: skip
-    pool = f"Its memory for keys and values ({record['kv_tokens']:,} tokens) is written once before anything counts."
+    pool = (
+        f"Before anything counts its memory for keys and values ({record['kv_tokens']:,} tokens) is written once, and "
+        "its tokenizer has seen more words than it remembers."
+    )
     return f"### What its process held\n\n{pool}\n\n" + table(columns, rows)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import count, takewhile
+from string import ascii_lowercase
 from typing import Any
 
 import orjson
@@ -24,6 +25,7 @@ CHAT, COMPLETIONS, NOWHERE = "/v1/chat/completions", "/v1/completions", "/v1/ans
 LEAVERS, NONSENSE, STREAMS, CHATS, TWINS, SHARED, WARM = 0.2, 0.05, 0.6, 0.5, 0.1, 0.3, 0.3  # shares of all visits
 SHORTEST, LONGEST = 16, 240  # characters of a prompt
 PREFIX = 100  # characters of a shared beginning
+WORDS = 40  # of a talker's prompt
 LEAST_STAY_S = 0.002
 TIMEOUT_S = 120.0
 IDLE = 4  # connections that never ask for anything
@@ -63,7 +65,7 @@ class Visitors:
     def __init__(self, model: str, keys: Sequence[str], longest_new: int, seed: int) -> None:
         self.model, self.keys, self.longest_new, self.seed = model, list(keys), longest_new, seed
         self.numbers = count()
-        self.usual_s = 0.1
+        self.usual_s, self.spoken = 0.1, 0
 
     def lap(self, number: int, rate: float, seconds: float, rush: bool = False) -> list[Visit]:
         """Poisson arrivals for so long; another number, other arrivals and other visitors."""
@@ -76,6 +78,15 @@ class Visitors:
         dice = random.Random(f"{self.seed} stayers {next(self.numbers)}")
         while True:
             yield self.sensible(dice, 0.0, False)
+
+    def talkers(self) -> Iterator[Visit]:
+        """Those who use words that nobody has used before, without an end. spoken: how many there were."""
+        dice = random.Random(f"{self.seed} talkers")
+        while True:
+            text = " ".join("".join(dice.choices(ascii_lowercase, k=6)) for _ in range(WORDS))
+            self.spoken += WORDS
+            body = {"model": self.model, "prompt": text, "max_tokens": 2, "ignore_eos": True}
+            yield Visit(0.0, "whole", (COMPLETIONS, dice.choice(self.keys)), body)
 
     def visit(self, dice: random.Random, due_s: float, rush: bool) -> Visit:
         chance = dice.random()
