@@ -31,10 +31,13 @@ from metrics import number
 from service import capacity
 from service.app import make_app
 from service.assembly import LogHandler, Model, assembled, on_passing_thread
+from service.connections import enough_files
+from service.memory import check_room, pool_bytes
 from service.prompts import Prompts
 from service.server import run
 from service.settings import ServeConfig
 from weights.find import find
+from weights.room import rooms
 
 
 def main() -> int:
@@ -42,6 +45,9 @@ def main() -> int:
     check(settings)
     log = opened(settings.log_file)
     house = on_passing_thread(lambda: assembled(settings, model_of(settings), log=log))
+    for doubt in (check_room(rooms(), pool_bytes(house.about)), enough_files(settings.max_connections)):
+        if doubt:
+            console.warn(doubt)
     logging.basicConfig(handlers=[LogHandler(house.books.log)], level=logging.WARNING, force=True)
     if settings.host not in ("127.0.0.1", "localhost", "::1") and not house.keys.hashes:
         console.warn(f"{settings.host} is open to others and no key is asked for: set LLM_INFER_API_KEY.")

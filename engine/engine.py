@@ -67,6 +67,7 @@ class Engine:
         self.inbox: deque[tuple[str, Answer]] = deque()  # append and popleft are atomic
         self.answers: dict[Request, Answer] = {}
         self.before_compute: Callable[[], object] = lambda: None  # the moment to let other threads of Python's work
+        self.give_back: Callable[[Sequence[int]], object] = lambda _blocks: None  # their memory, to the system
         self.numbers = itertools.count()
         self.steps: deque[StepTimes] = deque(maxlen=STEPS_KEPT)
         self.counts = dict.fromkeys(
@@ -307,6 +308,10 @@ class Engine:
         for follower in answer.followers:
             self.inbox.append(("submit", follower))
         answer.followers = []
+
+    def drop_cache(self) -> None:
+        """Forget the prefixes that no request holds, and give their memory back; in the thread that calls step()."""
+        self.give_back(self.scheduler.blocks.drop())
 
     # ---- what it did
 

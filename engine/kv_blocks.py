@@ -101,6 +101,12 @@ class Blocks:
         if key is not None:
             del self.block_at[key]
 
+    def drop(self) -> list[int]:
+        """Forget the contents of all that nobody holds; those blocks."""
+        for block in self.free:
+            self.forget(block)
+        return list(self.free)
+
     # ---- what must always be true
 
     def check(self, requests: Sequence[Request]) -> None:

@@ -77,10 +77,13 @@ def load(
     eos_ids = eos_of(checkpoint, tensors)
 
     def new_engine(**changes: Any) -> Engine:
-        return Engine(
+        engine = Engine(
             TorchRunner(network), scheduler_for(replace(config, **changes), blocks), eos_ids=eos_ids,
             context=shape.context, vocabulary=shape.vocabulary, decode=decode,
         )  # fmt: skip
+        if isinstance(network, native.NativeTransformer):  # whose cache lies block by block
+            engine.give_back = network.give_back
+        return engine
 
     return Loaded(new_engine, about)
 

@@ -6,6 +6,7 @@ compiler and processor. Where there is no compiler, or it fails, the engine runs
 
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 from array import array
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_float, c_int32, c_long, c_void_p
 from functools import cache
 from pathlib import Path
@@ -150,6 +152,16 @@ def build(path: Path) -> None:
 # ---- the network
 
 
+def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The first and the last of each row of neighbours among them."""
+    ordered = sorted(numbers)
+    begin = 0
+    for i in range(1, len(ordered) + 1):
+        if i == len(ordered) or ordered[i] != ordered[i - 1] + 1:
+            yield ordered[begin], ordered[i - 1]
+            begin = i
+
+
 class NativeTransformer:
     """The face of transformer.Transformer. All arithmetic is float32; cache: float32 or float16.
 
@@ -188,6 +200,21 @@ class NativeTransformer:
     @property
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.kept) - self.keys.nbytes - self.values.nbytes
+
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """The memory of these blocks' keys and values, to the system; what was in them is zero from then on."""
+        advise = getattr(ctypes.CDLL(None), "madvise", None)
+        dont_need = getattr(mmap, "MADV_DONTNEED", None)
+        if advise is None or dont_need is None:  # no Linux
+            return
+        advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for kept in (self.keys, self.values):
+            size = kept[0].nbytes
+            for first, last in runs(blocks):
+                start = -(-(kept.data_ptr() + first * size) // mmap.PAGESIZE) * mmap.PAGESIZE
+                end = (kept.data_ptr() + (last + 1) * size) // mmap.PAGESIZE * mmap.PAGESIZE
+                if end > start:  # only whole pages: others' numbers lie in the rest
+                    advise(start, end - start, dont_need)
 
     def layer(self, loader: Loader, i: int) -> Layer:
         if self.shape.family == "gpt2":

@@ -59,6 +59,7 @@ def make_app(house: House) -> Guard:
         app, clock=serving.clock, door=door_of(house), ended=ended, refused=house.books.close_later,
         begun=note_trace if house.traces is None else house.traces.begin,
         max_body=settings.max_body, body_timeout=settings.body_timeout, cors_origin=settings.cors_origin,
+        kept=lambda: house.watch.connections.kept,
     )  # fmt: skip
 
 

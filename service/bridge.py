@@ -123,7 +123,7 @@ class Bridge:
         self.wake = threading.Event()
         self.pause_s = 0.0  # before the next step: an engine that fails at once is not replaced in a hot loop
         self.swap = threading.Lock()  # held while an engine is asked, or replaced by another one
-        self.ending = False
+        self.ending = self.dropping = False
         self.news: set[Stream] = set()
         self.progress_s = clock()  # when the engine last began or ended a step
         self.working = False
@@ -175,6 +175,11 @@ class Bridge:
                     answer.cancel()
         self.wake.set()
 
+    def drop_cache(self) -> None:
+        """Give back what no request holds, before the next step."""
+        self.dropping = True
+        self.wake.set()
+
     def stop(self, patience_s: float = 5.0) -> bool:
         """End the thread, and with it all that it computes. False when it does not react: it hangs in a step."""
         self.ending = True
@@ -204,12 +209,21 @@ class Bridge:
     def drive(self) -> None:
         while not self.ending:
             self.progress_s, self.working = self.clock(), True
+            self.drop_if_told()
             busy = self.step()
             self.progress_s, self.working = self.clock(), False
             if not busy:
                 self.tell()
                 self.wake.wait(IDLE_S)
                 self.wake.clear()
+
+    def drop_if_told(self) -> None:
+        if self.dropping:
+            self.dropping = False
+            try:
+                self.engine.drop_cache()
+            except Exception:  # it would have been a help, and is no duty
+                LOG.exception("the engine's cache could not be given back")
 
     def step(self) -> bool:
         """One step. After one that failed as a whole, the engine is replaced: nobody knows in what state it is."""

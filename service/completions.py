@@ -62,6 +62,9 @@ def add_completions(app: FastAPI, house: House) -> None:
                 return Events(streamed(serving, job, errand, detours), errand.headers, gone=lambda: gone(http),
                               ended=lambda: serving.close(job))  # fmt: skip
             return await unless_left(http.receive, gathered(serving, job, errand, detours))
+        except ApiError as error:
+            error.headers = serving.limits.known_headers(key) | dict(error.headers)
+            raise
         except ClientLeft:
             gone(http)
             return Response(status_code=499)  # nginx's number for it: nobody reads it

@@ -6,6 +6,7 @@ middle of a stream, would hold a connection for ever (encode/uvicorn#157, and th
 
 import asyncio
 import re
+import secrets
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.connections import MOST_LINGERING, Connections
 from service.errors import ApiError
 from service.guard import Guard
 
@@ -23,15 +25,17 @@ LINGER_S = 1.0  # for what is on its way, after an answer that did not wait for 
 RAW_SHARE = 8  # bytes on the wire for each byte of a body: chunks of one byte need six
 UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
 SEND_BUFFER = 64 << 10  # bytes that the kernel keeps for a slow reader: small, so that it is seen soon
-REASONS = {400: b"Bad Request", 413: b"Content Too Large", 431: b"Request Header Fields Too Large"}
 
 
 class Connection(HttpToolsProtocol):
-    """header_timeout, send_timeout: seconds. max_body: bytes. at_once: the guard's. Made by connection_class()."""
+    """header_timeout, send_timeout: seconds. max_body: bytes. at_once: the guard's. all: the books of all connections.
+    Made by connection_class().
+    """
 
     header_timeout: float
     send_timeout: float
     max_body: int
+    all: Connections
     let_in: deque[tuple["Connection", Any, Any]]  # of all connections: first who began in this turn of the event loop
     at_once: Callable[[dict], tuple[int, dict[str, str], bytes] | None]
 
@@ -43,6 +47,7 @@ class Connection(HttpToolsProtocol):
         self.reader_timer: asyncio.TimerHandle | None = None
         self.header_timer: asyncio.TimerHandle | None = None
         self.to_start: tuple[Any, Any] | None = None  # the cycle whose turn it is, and the application
+        self.lingers = False  # it was turned away, and may read why
         self.in_feed = False  # the parser is at work: whether a body follows is not known yet
         self.answering: Any = None  # the cycle that runs; self.cycle is the latest one, which may wait behind it
         self.expect_headers()
@@ -50,11 +55,29 @@ class Connection(HttpToolsProtocol):
         sock = transport.get_extra_info("socket")
         if sock is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        if (full := self.all.come(self)) is not None:
+            self.turn_away(full)
+
+    def turn_away(self, why: ApiError) -> None:
+        """Before it has said a word; who comes in a flood of such does not get the time to read why."""
+        self.write_error(why, {"x-request-id": f"req-{secrets.token_hex(12)}"})
+        if self.all.lingering >= MOST_LINGERING:
+            self.deaf = True
+            self.transport.abort()
+        else:
+            self.all.lingering += 1
+            self.lingers = True
+            self.close_when_read()
+
+    def send_away(self) -> None:
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self.header_timer, self.reader_timer):
             if timer is not None:
                 timer.cancel()
+        self.all.leave(self)
+        self.all.lingering -= self.lingers
         self.pipeline.clear()
         if self.answering is not None and not self.answering.response_complete:
             self.answering.scope["state"]["left"] = True
@@ -98,6 +121,7 @@ class Connection(HttpToolsProtocol):
             self.stop_reader_timer()
         if cycle.scope["http_version"] == "1.0":  # knows no chunks: its answer ends with the connection
             cycle.chunked_encoding, cycle.expected_content_length = False, Endless()
+        cycle.transport = Parting(self, cycle)
         super()._start_asgi_task(cycle, app)
 
     # ---- headers
@@ -120,6 +144,7 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.deaf:
             return
+        self.all.works(self)
         if self.reading_body:
             self.body_bytes += len(data)
         else:
@@ -158,6 +183,9 @@ class Connection(HttpToolsProtocol):
     def close_when_read(self) -> None:
         """A connection that is closed over unread bytes is reset, and the answer with it (RFC 9112, section 9.6)."""
         self.deaf = True
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
 
@@ -204,10 +232,16 @@ class Connection(HttpToolsProtocol):
         if self.busy and not self.answering.more_body:  # another request's answer is on its way: only that
             self.answering.keep_alive = False
             return
-        body = orjson.dumps(ApiError(status, code, message).body)
-        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % (status, REASONS[status], len(body)) + body)
-        self.transport.close()
+        self.write_error(ApiError(status, code, message), {})
+        self.close_when_read()
+
+    def write_error(self, error: ApiError, more: dict[str, str]) -> None:
+        """As the last thing on this connection."""
+        body = orjson.dumps(error.body)
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers |= error.all_headers | more
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self.transport.write(STATUS_LINE[error.status] + lines.encode() + b"\r\n" + body)
 
     # ---- readers
 
@@ -223,6 +257,8 @@ class Connection(HttpToolsProtocol):
         """What is left to be sent may be too little for a pause; it must be read in time all the same."""
         self.start_reader_timer()
         super().on_response_complete()
+        if not (self.busy or self.deaf or self.header_bytes or self.reading_body):
+            self.all.rests(self)
 
     def start_reader_timer(self) -> None:
         if self.reader_timer is None and self.transport.get_write_buffer_size():
@@ -253,6 +289,22 @@ def without_upgrade(data: bytes) -> bytes:
     return UPGRADE.sub(b"\r\nx-asked", head) + between + rest
 
 
+class Parting:
+    """The transport, for one answer: closed while its request's body is still coming, it waits until that is read."""
+
+    def __init__(self, connection: Connection, cycle: Any) -> None:
+        self.connection, self.cycle = connection, cycle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection.transport, name)
+
+    def close(self) -> None:
+        if self.cycle.more_body and not self.cycle.disconnected:
+            self.connection.close_when_read()
+        else:
+            self.connection.transport.close()
+
+
 class Endless:
     """A body's length that nothing exceeds and that is never used up."""
 
@@ -266,10 +318,10 @@ class Endless:
         return False
 
 
-def connection_class(guard: Guard, header_timeout: float, send_timeout: float) -> Any:
+def connection_class(guard: Guard, all: Connections, header_timeout: float, send_timeout: float) -> Any:
     """What uvicorn takes as its http protocol."""
     limits = {
         "header_timeout": header_timeout, "send_timeout": send_timeout, "max_body": guard.max_body,
-        "at_once": guard.at_once, "let_in": deque(),
+        "at_once": guard.at_once, "let_in": deque(), "all": all,
     }  # fmt: skip
     return type("LimitedConnection", (Connection,), limits)

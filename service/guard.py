@@ -36,13 +36,17 @@ class Guard:
     def __init__(
         self, app: Any, *, clock: Callable[[], float], door: Callable[[dict, Headers, Life], None],
         begun: Callable[[Life, Headers], None], ended: Callable[[Life], None], refused: Callable[[Life], None],
-        max_body: int, body_timeout: float, cors_origin: str | None,
+        max_body: int, body_timeout: float, cors_origin: str | None, kept: Callable[[], bool],
     ) -> None:  # fmt: skip
         self.app, self.clock, self.door, self.begun = app, clock, door, begun
         self.ended, self.refused = ended, refused
-        self.max_body, self.body_timeout = max_body, body_timeout
+        self.max_body, self.body_timeout, self.kept = max_body, body_timeout, kept
         # Refusals at the door too: without it a browser shows its user nothing of them.
-        self.always = {"access-control-allow-origin": cors_origin} if cors_origin else {}
+        self.cors = {"access-control-allow-origin": cors_origin} if cors_origin else {}
+
+    @property
+    def always(self) -> Headers:
+        return self.cors if self.kept() else self.cors | CLOSE
 
     def at_once(self, scope: dict) -> tuple[int, dict[str, str], bytes] | None:
         """For a request that has just begun: None to go on, or the whole answer (status, headers, body)."""

@@ -82,6 +82,10 @@ class RateLimits:
                 }
         return found
 
+    def known_headers(self, key: str) -> dict[str, str]:
+        """The same for a key that has drawn before; nothing for others, and nothing is kept for them."""
+        return self.headers(key) if any((key, what) in self.buckets for what in self.most) else {}
+
     def refusal(self, key: str, what: str, amount: int, wait_s: float) -> ApiError:
         never = wait_s == float("inf")
         asks = f" and this request asks for {amount}" if what == "tokens" else ""

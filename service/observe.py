@@ -124,6 +124,12 @@ class Metrics:
         self.cache_bytes = gauge("result_cache_bytes", "of kept answers")
         self.law = gauge("law_ok", "1 while the books agree", "law")
         self.memory = gauge("device_memory_bytes", "memory by kind", "kind")
+        self.connections = gauge("connections", "open connections")
+        self.connections_refused = counter("connections_refused", "connections turned away: as many as may be at work")
+        self.memory_used = gauge(
+            "memory_used_ratio", "of what this process may use, by its control group or the machine"
+        )
+        self.memory_tight = gauge("memory_tight", "1 while connections are not kept and caches are given back")
         self.utilisation = gauge("device_utilization_ratio", "how busy the device is")
         self.log_lost = counter("log_lines_lost", "log lines that could not be written")
         self.begin_at_zero()

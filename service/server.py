@@ -26,7 +26,7 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(
             app, host=settings.host, port=settings.port, log_config=None, access_log=False, lifespan="on", ws="none",
             backlog=BACKLOG, server_header=False, proxy_headers=False, timeout_graceful_shutdown=1,
-            http=connection_class(app, settings.header_timeout, settings.send_timeout),
+            http=connection_class(app, house.watch.connections, settings.header_timeout, settings.send_timeout),
         ))  # fmt: skip
         self.house, self.ready = house, ready
         self.draining: asyncio.Task[None] | None = None

@@ -30,6 +30,7 @@ class ServeConfig(EngineConfig):
     max_queued_tokens: int = knob(
         0, "tokens that all requests in the house may add up to; 0 = what max_running contexts hold", least=0
     )
+    max_connections: int = knob(1000, "connections at once; idle ones go first when there are more", least=1)
     max_new_tokens: int = knob(1024, "new tokens of an answer that names no limit, at most", least=1)
     queue_timeout: float = knob(30.0, "seconds that a request may wait for its first step", least=0.1)
     request_timeout: float = knob(

@@ -13,8 +13,10 @@ from typing import Any
 
 from engine.engine import Engine, StepTimes
 from service.breaker import State
+from service.connections import Connections
 from service.ladder import Rung
 from service.machine import device_busy, device_memory, memory_share
+from service.memory import MemoryGuard, Pressure
 from service.observe import Metrics
 from service.serving import Serving
 
@@ -22,7 +24,6 @@ LOOK_S = 0.1  # how often the event loop is looked at
 LAWS_S = 5.0  # how often the books are compared
 LITTLE_S = 60.0  # over how much time
 LITTLE_OFF = 0.05
-SHED, RECOVER = 0.95, 0.92  # of the memory that this process may use
 STALL_STEPS = 20  # times the slowest step but one in a hundred
 STEPS_SEEN = 500
 
@@ -38,7 +39,10 @@ class Watch:
         laws_s: float = LAWS_S,
     ) -> None:
         self.serving, self.metrics, self.bridge = serving, metrics, serving.bridge
-        self.memory_used, self.laws_s = memory_used, laws_s
+        self.laws_s = laws_s
+        self.memory = MemoryGuard(memory_used, self.bridge.clock)
+        self.memory.givers.append(self.bridge.drop_cache)
+        self.connections = Connections(serving.settings.max_connections, lambda: self.memory.tight)
         self.laws = {"tokens": True, "blocks": True, "little": True}
         self.steps: deque[float] = deque(maxlen=STEPS_SEEN)
         self.checked_s = self.bridge.clock()
@@ -107,11 +111,13 @@ class Watch:
                 self.laws["little"] = agreed or before  # one look may find somebody who has left one book only
 
     def guard_memory(self) -> None:
-        admission, used = self.serving.admission, self.memory_used()
-        if admission.closed is None and used >= SHED:
+        admission, short = self.serving.admission, self.memory.look() is Pressure.SHORT
+        if admission.closed is None and short:
             admission.closed = "memory"
-        elif admission.closed == "memory" and used < RECOVER:
+        elif admission.closed == "memory" and not short:
             admission.closed = None
+        if self.memory.tight:
+            self.connections.send_idle_away()
 
     def little_agrees(self) -> bool:
         """Over the last minute. Says nothing while too little has happened."""
@@ -219,6 +225,10 @@ class Watch:
             m.quarantine.labels(state).set(count)
         for reason, tokens in dict(bridge.wasted).items():
             self.raise_to(m.wasted_tokens.labels(reason), tokens)
+        m.connections.set(len(self.connections.open))
+        self.raise_to(m.connections_refused, self.connections.refused)
+        m.memory_used.set(self.memory.share)
+        m.memory_tight.set(self.memory.tight)
         for kind, value in device_memory().items():
             m.memory.labels(kind).set(value)
         m.utilisation.set(device_busy())

@@ -221,6 +221,19 @@ def test_b25_what_is_wrong_or_finds_no_room_is_not_counted(here):
     assert (left(here, "requests"), left(here, "tokens")) == (REQUESTS, TOKENS)
 
 
+def test_a13_an_error_tells_what_is_left_too(here):
+    """A 400 that came after the tokens were drawn told nothing, and neither did a 500 or a 504."""
+    here.chat(headers=MINE)
+    drawn = here.chat("x" * 500, headers=MINE, max_tokens=100)  # too long, once it is tokenised
+    assert (drawn.status, drawn.headers["x-ratelimit-remaining-requests"]) == (400, str(REQUESTS - 2))
+    assert drawn.headers["x-ratelimit-remaining-tokens"] == str(int(left(here, "tokens")))
+    here.runner.faults[f"step {here.runner.steps + 1}"] = RuntimeError("on purpose")
+    failed = here.chat(headers=MINE)
+    assert (failed.status, failed.headers["x-ratelimit-remaining-requests"]) == (500, str(REQUESTS - 3))
+    before = here.chat(headers=MINE | {"X-Request-Deadline-Ms": "1"}, max_tokens=400)
+    assert (before.status, before.headers["x-ratelimit-remaining-requests"]) == (503, str(REQUESTS - 3))
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_b26_tokens_that_were_not_used_are_given_back(here, stream: bool):
     """Drawn is an estimate, paid is what usage says: to the token."""

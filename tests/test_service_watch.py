@@ -137,7 +137,7 @@ def test_the_last_500_requests_are_remembered(here):
 
 
 def test_b74_metrics_are_scraped_through_all_of_it_and_never_fall(checkpoint_folder):
-    with served(checkpoint_folder, max_running=2, max_queued=1, stall_after=0.2) as here:
+    with served(checkpoint_folder, max_running=2, max_queued=1, stall_after=0.2, quarantine_minutes=0) as here:
         pages, over = [], threading.Event()
 
         def scrape() -> None:
