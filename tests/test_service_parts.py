@@ -1,7 +1,6 @@
 """The service's parts one by one, without a server: what they promise for any input. Prompts have their own file."""
 
 import asyncio
-import contextlib
 import hmac
 import itertools
 import json
@@ -9,7 +8,7 @@ from dataclasses import replace
 
 import orjson
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from service_kit import END
 
@@ -19,89 +18,10 @@ from engine.request import Choice, Request, Sampling, Status, Timeline
 from service.errors import ApiError
 from service.keys import NOBODY, Keys, digest
 from service.life import Life, server_timing
-from service.limits import MINUTE_S, RateLimits, duration
 from service.protocol import Reply, usage
 from service.schemas import ChatRequest, CompletionRequest, parsed, validated
 from service.sending import ClientLeft, Events, event, unless_left
 from service.settings import ServeConfig
-
-MOST = 600  # tokens a minute
-
-# ---- limits.py
-
-
-def rates(**wishes: int) -> tuple[RateLimits, list[float]]:
-    """Limits, and their clock's hands."""
-    now = [0.0]
-    return RateLimits(wishes.get("requests", 0), wishes.get("tokens", 0), lambda: now[0]), now
-
-
-@given(st.lists(st.tuples(st.floats(0, 90), st.integers(1, MOST), st.floats(0, 1)), max_size=30))
-@example([(0, MOST, 1), (60, MOST, 0), (0, MOST, 0)])
-def test_no_window_of_time_holds_more_than_its_share(asked):
-    """From any moment to any later one: at most a full bucket and what flows in, less what is given back in between."""
-    limits, now = rates(tokens=MOST)
-    moves, unused = [], 0.0  # (when, what was drawn or given back)
-    for wait_s, amount, share in asked:
-        now[0] += wait_s
-        limits.give_back("key", "tokens", unused)
-        moves.append((now[0], -unused))
-        unused = 0.0
-        with contextlib.suppress(ApiError):
-            limits.draw("key", amount)
-            moves.append((now[0], amount))
-            unused = amount * share
-    for first, (start_s, _) in enumerate(moves):
-        drawn = 0.0
-        for when_s, amount in moves[first:]:
-            drawn += amount
-            assert drawn <= MOST * (1 + (when_s - start_s) / MINUTE_S) + 1e-6
-
-
-@given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, MOST + 50)), min_size=1, max_size=40))
-@example([(0.0, 600), (0.0104, 1)])
-@example([(0.0, 1)] * 7 + [(0.0, 601)])
-@example([(0.0, 1)] * 6 + [(0.0, 80), (0.0, 600)])
-def test_who_comes_back_when_told_to_is_let_in(asked):
-    """And a refusal takes nothing: neither of the two buckets."""
-    limits, now = rates(requests=7, tokens=MOST)
-    for wait_s, amount in asked:
-        now[0] += wait_s
-        before = [limits.bucket("key", what).level for what in limits.most]
-        try:
-            limits.draw("key", amount)
-            continue
-        except ApiError as error:
-            refusal = error
-        assert (refusal.status, refusal.outcome) == (429, "rate_limited")
-        assert [limits.bucket("key", what).level for what in limits.most] == before
-        if amount > MOST:
-            assert not refusal.retry and refusal.retry_after_s is None
-        else:
-            assert int(refusal.all_headers["retry-after"]) * 1e3 >= int(refusal.all_headers["retry-after-ms"])
-            now[0] += int(refusal.all_headers["retry-after-ms"]) / 1e3 + 1e-9
-            limits.draw("key", amount)
-
-
-def test_keys_have_buckets_of_their_own_and_only_what_is_limited_has_one():
-    limits, now = rates(requests=1)
-    limits.draw("a", 10**9)
-    limits.draw("b", 1)
-    with pytest.raises(ApiError):
-        limits.draw("a", 1)
-    assert set(limits.buckets) == {("a", "requests"), ("b", "requests")}
-    assert {name.rsplit("-", 1)[1] for name in limits.headers("a")} == {"requests"}
-    now[0] -= 1000  # a clock that is set back gives nothing
-    with pytest.raises(ApiError):
-        limits.draw("a", 1)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0ms"), (0.25, "250ms"), (1, "1s"), (12.4, "12s"), (59.7, "1m0s"), (360, "6m0s")]
-)
-def test_durations_read_as_openai_writes_them(seconds: float, text: str):
-    assert duration(seconds) == text
-
 
 # ---- schemas.py
 
