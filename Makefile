@@ -4,6 +4,7 @@
 # make serve   the service on http://127.0.0.1:8000
 # make bench-serve   start it, measure it with the standard matrix, write the report: ten minutes
 # make soak    two hours of everything that strangers do: does the service stay what it was?
+# make mutation      do the tests notice when the decisions' code is broken? Minutes, in an environment of its own
 # make peers   llama.cpp, vLLM and guidellm in environments of their own, for make bench to compare with
 # make conformance   the 74 cases of the fault matrix: this service, and others that make peers has installed
 # make run ARGS="--quick --breakdown" hands arguments on.
@@ -11,8 +12,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MUTATION := .venv-mutation
 
-.PHONY: run serve test test-fast check format bench bench-serve soak conformance peers clean
+.PHONY: run serve test test-fast check format bench bench-serve soak mutation conformance peers clean
 .DEFAULT_GOAL := run
 
 run: $(VENV)/.run
@@ -51,8 +53,11 @@ soak: $(VENV)/.serve
 conformance: $(VENV)/.dev
 	@$(BIN)/python -m conformance $(ARGS)
 
+mutation: $(MUTATION)/.done
+	@$(MUTATION)/bin/python tests/mutation.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) .venv-openai2 .venv-openai2.lock .peers .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MUTATION) .venv-openai2 .venv-openai2.lock .peers .pytest_cache .ruff_cache .hypothesis
 
 # Stamps: a step runs again only when its requirements changed.
 $(VENV)/.run: requirements.txt requirements-model.txt
@@ -71,4 +76,9 @@ $(VENV)/.serve: $(VENV)/.run requirements-serve.txt
 
 $(VENV)/.dev: $(VENV)/.serve requirements-dev.txt requirements-otel.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(MUTATION)/.done: requirements-mutation.txt
+	@test -x $(MUTATION)/bin/python || $(PYTHON) -m venv $(MUTATION)
+	@$(MUTATION)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
