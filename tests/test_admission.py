@@ -271,6 +271,93 @@ def test_one_request_may_be_larger_than_all_tokens_when_nobody_else_is_there():
     enter(house, prompt=100)
 
 
+# ---- what a refusal says
+
+
+def said(error: ApiError) -> tuple:
+    return error.status, error.code, error.outcome, error.retry, error.retry_after_s, error.body["error"]["message"]
+
+
+def test_a_refusal_says_in_numbers_what_is_full_and_when_to_come_back():
+    house = books(slots=2, queued=1, tokens=150, patience_s=2.0)
+    running(house, delivered=2, prompt=20, new=12)  # 10 left
+    running(house, delivered=1, prompt=20, new=30)
+    tail = "(2 requests, 82 tokens; a newcomer would wait about {} s): try again later."
+    found = refused(house, "tokens", prompt=60, new=9, deadline_s=7.0)
+    assert said(found) == (503, "server_overloaded", "shed_queue", True, pytest.approx(1.2),
+                           "The server holds as many tokens as it can " + tail.format("1.4"))  # fmt: skip
+    assert found.details == {
+        "limit_hit": "tokens", "requests": 2, "queue_depth": 0, "queued_tokens": 82, "drain_rate_tok_s": 16.7,
+        "retry_after_s": 1.2, "predicted_wait_s": 1.38, "deadline_s": 7.0,
+    }  # fmt: skip
+    enter(house, prompt=11, new=9)
+    found = refused(house, "requests", prompt=1, new=1)
+    assert "as many requests as it can (3 requests, 102 tokens; a newcomer would wait about 2.4 s)" in said(found)[-1]
+    assert (found.details["queue_depth"], "deadline_s" in found.details) == (1, False)
+    assert found.details["predicted_wait_s"] == pytest.approx(20 * 0.12 + 0.01, abs=0.01)
+    house = books(slots=1, queued=9, patience_s=2.0)
+    running(house, delivered=1, new=20)
+    assert said(refused(house, "wait"))[-1].startswith("The server holds all it can for now (1 requests")
+    house = books(slots=1, queued=9)
+    running(house, new=10)
+    enter(house)
+    house.retried.extend([True] * 10)
+    found = refused(house, "retries", retry=True)
+    assert "holds all it can, and repeated requests come last (2 requests" in said(found)[-1]
+
+
+def test_a_deadline_is_refused_with_what_it_would_take():
+    found = refused(books(), "deadline", prompt=201, new=11, deadline_s=1.0)
+    assert said(found) == (
+        503, "deadline_unreachable", "shed_deadline", False, pytest.approx(0.5),
+        "You will wait 1.0 s, and this request would take about 0.3 s to its first token and 1.1 s from there: ask for "
+        "fewer tokens, or wait longer.",
+    )  # fmt: skip
+    assert found.details["predicted_wait_s"] == pytest.approx(0.31) and found.details["deadline_s"] == 1.0
+
+
+def test_a_closed_door_says_why_and_for_how_long():
+    house = books()
+    house.closed = "drain"
+    assert said(refused(house, "drain")) == (
+        503, "server_shutting_down", "shed_drain", True, 1.0, "The server is shutting down: ask another one.",
+    )  # fmt: skip
+    house.closed = "memory"
+    assert said(refused(house, "memory")) == (
+        503, "server_overloaded", "shed_memory", True, 5.0, "The server is short of memory: try again later.",
+    )  # fmt: skip
+
+
+def test_at_the_door_a_place_is_kept_and_counted_for_everybody():
+    house = books(slots=2, queued=2, keys=2)
+    house.knock("a")
+    enter(house, key="a")
+    house.knock("a")
+    with pytest.raises(ApiError) as why:
+        house.knock("a")  # the last place is the others'
+    assert why.value.details["limit_hit"] == "requests"
+    assert (why.value.details["requests"], why.value.details["queue_depth"]) == (3, 3)
+    house.knock("b")
+    refused(house, "requests", key="b")
+    house.step_aside()
+    assert refused(house, "requests", key="a").details["requests"] == 3
+    enter(house, key="b")
+
+
+def test_the_figures_of_a_flood_are_looked_up_a_few_times_a_second():
+    now, house = [0.0], books(slots=1, queued=0)
+    house.clock = lambda: now[0]
+    running(house, new=50)
+    seen = house.crowd()
+    for now[0] in (0.02, 0.05):
+        refused(house, "requests")
+        assert house.crowd() is seen
+    now[0] = 0.06
+    assert house.crowd() is not seen and house.crowd().seen_s == 0.06
+    house.leave(house.inside[0])
+    assert house.crowd().answers == 0, "whoever leaves is seen at once"
+
+
 # ---- several keys, and those who come again
 
 
