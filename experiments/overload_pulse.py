@@ -125,7 +125,11 @@ def capacity_of(config: PulseConfig, target: measure.Target) -> float:
     if run["ended"] == "interrupted":
         raise KeyboardInterrupt
     if not run["figures"]["requests_per_s"]:
-        raise UserError("The service answered nobody: try `python3 serve.py` by itself, and look at its log.")
+        why = ", ".join(f"{count} times {kind}" for kind, count in run["figures"]["errors"].items()) or "too slow"
+        raise UserError(
+            f"The service answered nobody in {config.capacity_s:g} s ({why}): is this machine busy with something "
+            "else? Try `python3 serve.py` by itself, or a longer --capacity-s."
+        )
     return run["figures"]["requests_per_s"]
 
 

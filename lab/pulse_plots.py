@@ -47,7 +47,13 @@ def drawn(record: Record, path: Path) -> None:
     queue.set_ylabel("requests")
     for p, style in ((50, "-"), (99, ":")):
         points = [(b - begin_s, percentile(found, p)) for b in bins if (found := ttfts(rounds, b))]
-        waits.plot(*zip(*points, strict=True), style, color="#2f7fd0", label=f"TTFT p{p}, by when it was due")
+        waits.plot(
+            [moment for moment, _ in points],
+            [value for _, value in points],
+            style,
+            color="#2f7fd0",
+            label=f"TTFT p{p}, by when it was due",
+        )
     waits.set(ylabel="seconds", xlabel="seconds from the beginning of the overload", ylim=(0, None))
     for axes in (rates, queue, waits):
         axes.legend(frameon=False, fontsize=8, ncols=4)

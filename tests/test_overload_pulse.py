@@ -5,7 +5,7 @@ from math import inf
 import pytest
 
 from experiments import overload_pulse
-from lab import pulse_figures, pulse_model, pulse_tables, pulse_words
+from lab import pulse_figures, pulse_model, pulse_plots, pulse_tables, pulse_words
 from lab.pulse_model import Model
 from lab.records import read_lines
 from weights import tiny
@@ -125,6 +125,12 @@ def test_the_tables_hold_what_happened():
     shown = "\n".join(pulse_tables.sections(record, pulse_words.judged(record)))
     for told in ("| overload ", "503 requests", "recovered after (s)", "p99 of whole answers"):
         assert told in shown
+
+
+def test_the_picture_is_drawn_from_the_record(tmp_path):
+    record = a_record() | {"id": "pulse-1", "model": {"name": "tiny"}}
+    assert "pulse-1-pulse.png" in pulse_plots.draw(record, tmp_path)
+    assert (tmp_path / "pulse-1-pulse.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

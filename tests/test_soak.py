@@ -10,7 +10,7 @@ import pytest
 
 from config import ROOT
 from experiments import soak
-from lab import soak_judge
+from lab import soak_judge, soak_plots
 from lab.records import read_lines
 from lab.soak_judge import MIB
 
@@ -59,6 +59,7 @@ def test_five_thousand_requests_leave_nothing_behind(tmp_path, capsys):
         assert held[what].holds is True, held[what]
     ready = [one["bytes"] for one in record["rests"] if one["at"] >= record["ready_s"] > 0]
     assert median(ready[-3:]) - ready[0] < GROWN, ready
+    assert "-soak.png" in soak_plots.draw(record, tmp_path)
     ends, asked = record["kinds"], sum(record["ends"].values())
     assert asked >= 5000 or record["rests"][-1]["at"] > 150
     calm = {kind: sum(found.values()) for kind, found in ends.items() if kind != "rush"}
