@@ -153,7 +153,7 @@ class Admission:
         ticket.predicted_s = foretold.first_token_s
         if self.too_many_tokens(ticket):
             raise self.full("tokens", ticket.predicted_s, deadline_s)
-        if retry and self.waiting and self.retried.count(True) >= MOST_RETRIES * REMEMBERED:
+        if retry and self.waiting and self.retried.count(True) + 1 > self.most_retries:
             raise self.full("retries", ticket.predicted_s, deadline_s)
         if self.inside and foretold.start_s > self.limits.patience_s * self.share(key):
             raise self.full("wait", ticket.predicted_s, deadline_s)
@@ -165,6 +165,15 @@ class Admission:
         self.inside.append(ticket)
         self.crowd_seen = None
         return ticket
+
+    @property
+    def most_retries(self) -> float:
+        """Of those let in lately while others waited, counting the one that asks: how many may have asked before.
+
+        With half the queue taken, a tenth of those there were; before, a tenth of the hundred that are looked back on.
+        """
+        crowded = 2 * (sum(ticket.answers for ticket in self.waiting)) > self.limits.queued
+        return MOST_RETRIES * min(len(self.retried) + 1 if crowded else REMEMBERED, REMEMBERED)
 
     def check_door(self, key: str = "", answers: int = 1) -> None:
         """ApiError 503 when nobody can come in, whatever is asked for: before a body is even read."""
@@ -269,13 +278,15 @@ class Admission:
         what = {
             "requests": "as many requests as it can", "tokens": "as many tokens as it can",
             "wait": "all it can for now",
-            "retries": "all it can, and repeated requests come last",
+            "retries": "all it can for now, and requests that are sent again come last: of those let in while others "
+            f"wait, one in {1 / MOST_RETRIES:.0f} may be such",
         }  # fmt: skip
         return self.refusal(
             "server_overloaded",
             f"The server holds {what[limit]} ({crowd.answers} requests, {crowd.tokens} tokens; a newcomer would wait "
             f"about {wait_s:.1f} s): try again later.",
             limit, crowd.room_s, "shed_queue", predicted_wait_s=wait_s, deadline_s=deadline_s,
+            **({"retries_let_in": self.retried.count(True), "let_in": len(self.retried)} if limit == "retries" else {}),
         )  # fmt: skip
 
     def unreachable(self, wait_s: float, service_s: float, deadline_s: float) -> ApiError:

@@ -120,7 +120,7 @@ class House(RuleBasedStateMachine):
         assert (limit == "requests") == (answers > room) or self.shut
         assert limit != "tokens" or (self.guests and held + excess > 0)
         assert limit != "deadline" or wait_s + 40 * 0.13 > deadline_s
-        assert limit != "retries" or sum(self.retries[-REMEMBERED:]) >= 10
+        assert limit != "retries" or sum(self.retries[-REMEMBERED:]) + 1 > 0.1 * min(len(self.retries) + 1, REMEMBERED)
         assert SOONEST_S * self.factor <= why.retry_after_s <= LATEST_S * self.factor
         assert why.details["requests"] == self.taken(0) and why.details["queued_tokens"] == self.taken(1)
         assert why.retry == (limit != "deadline") and int(why.all_headers["retry-after"]) >= why.retry_after_s
@@ -459,3 +459,21 @@ def test_retries_in_an_empty_house_cost_nothing_of_that_budget():
     running(house, new=10)
     enter(house, new=1)
     enter(house, new=1, retry=True)
+
+
+def test_in_a_queue_that_is_half_full_retries_are_a_tenth_from_the_first_one_on():
+    house = books(slots=1, queued=8)
+    running(house, new=10)
+    for _ in range(4):
+        enter(house, new=1)  # half of the places to wait in
+    enter(house, new=1, retry=True)  # one of three recorded: there is room
+    why = refused(house, "retries", new=1, retry=True)
+    assert why.details["retries_let_in"] == 1 and why.details["let_in"] == 4
+    assert "sent again come last: of those let in while others wait, one in 10 may be such" in why.message
+    assert why.retry and why.outcome == "shed_queue" and why.retry_after_s >= SOONEST_S
+    for _ in range(14):
+        house.leave(enter(house, new=1))
+    refused(house, "retries", new=1, retry=True)  # 2 of 20 would be a tenth, and with this one they are 19
+    house.leave(enter(house, new=1))
+    enter(house, new=1, retry=True)
+    refused(house, "retries", new=1, retry=True)
