@@ -303,7 +303,7 @@ def test_a_refusal_says_in_numbers_what_is_full_and_when_to_come_back():
     enter(house)
     house.retried.extend([True] * 10)
     found = refused(house, "retries", retry=True)
-    assert "holds all it can, and repeated requests come last (2 requests" in said(found)[-1]
+    assert "others wait, one in 10 may be such (2 requests" in said(found)[-1]
 
 
 def test_a_deadline_is_refused_with_what_it_would_take():
