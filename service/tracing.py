@@ -9,6 +9,7 @@ bounded queue for a thread that sends them in batches; what does not fit is lost
 collector.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from service.observe import ENDPOINTS, FIRST_TOKEN_S, PER_TOKEN_S, WHOLE_S
 SERVICE = "llm-infer-baseline"
 OPERATIONS = {"chat": "chat", "completions": "text_completion"}
 PATHS = {endpoint: path for path, endpoint in reversed(ENDPOINTS.items())}
+EXPORTER = "opentelemetry.exporter.otlp.proto.http"
 LAST_S = 2.0  # for what is left when the service ends, whether the collector answers or not
 NS = 1_000_000_000
 
@@ -45,6 +47,7 @@ class Traces:
     """
 
     def __init__(self, endpoint: str, about: Mapping[str, Any]) -> None:
+        logging.getLogger(EXPORTER).setLevel(logging.ERROR)  # that a batch is lost, and not each of its tries
         base, own = endpoint.rstrip("/"), {"service.name": SERVICE, "llmserve.model.hash": str(about.get("hash", ""))}
         resource = Resource.create(own).merge(OTELResourceDetector().detect())
         self.spans = TracerProvider(resource=resource, shutdown_on_exit=False)

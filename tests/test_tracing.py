@@ -12,7 +12,10 @@ from step_kit import running, settled
 
 from config import ROOT, UserError
 from service import settings as settings_module
+from service.life import Life
 from service.settings import ServeConfig
+from service.tracing import attributes as attributes_of
+from service.tracing import genai
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SENT_ALONG = f"00-{TRACE}-{PARENT}-01"
@@ -178,6 +181,18 @@ def test_without_it_nothing_of_it_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_the_model_that_answered_is_told_also_where_another_server_stood_in():
+    life = Life(lambda: 1.0, "req-1", endpoint="chat", facts={"method": "POST", "model": "large"})
+    assert genai(life)["gen_ai.response.model"] == "large"
+    life.facts["degraded"] = "max_tokens=8"
+    assert genai(life)["gen_ai.response.model"] == "large"
+    life.facts |= {"degraded": "model=org/small=1", "prompt_tokens": 7, "completion_tokens": 3}
+    found = attributes_of(life)
+    assert (found["gen_ai.request.model"], found["gen_ai.response.model"]) == ("large", "org/small=1")
+    assert (found["gen_ai.usage.input_tokens"], found["gen_ai.usage.output_tokens"]) == (7, 3)
+    assert found["llmserve.degraded"] == "model=org/small=1"
 
 
 def test_packages_that_are_missing_are_named_with_the_way_to_get_them(monkeypatch):
