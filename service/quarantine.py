@@ -38,8 +38,8 @@ def fingerprint(prompt: Sequence[int], sampling: Sampling) -> bytes:
 class Suspect:
     """known_until_s: when it is forgotten. refused_until_s: when it is let in again, on its own and on probation."""
 
-    strikes: int
-    known_until_s: float
+    strikes: int = 0
+    known_until_s: float = 0.0
     refused_until_s: float = 0.0
 
 
@@ -101,7 +101,7 @@ class Quarantine:
         known = {print for print in prints if self.known(print)}
         refused = []
         for print in sorted(known or prints):
-            suspect = self.suspects.setdefault(print, Suspect(0, 0.0))
+            suspect = self.suspects.setdefault(print, Suspect())
             suspect.strikes += 1
             suspect.known_until_s = now_s + self.for_s
             self.suspects.move_to_end(print)

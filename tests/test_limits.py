@@ -79,7 +79,8 @@ def test_keys_have_buckets_of_their_own_and_only_what_is_limited_has_one():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0ms"), (0.25, "250ms"), (1, "1s"), (12.4, "12s"), (59.7, "1m0s"), (360, "6m0s")]
+    ("seconds", "text"),
+    [(0, "0ms"), (0.25, "250ms"), (0.999, "999ms"), (1, "1s"), (12.4, "12s"), (59.7, "1m0s"), (360, "6m0s")],
 )
 def test_durations_read_as_openai_writes_them(seconds: float, text: str):
     assert duration(seconds) == text
