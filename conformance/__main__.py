@@ -50,6 +50,7 @@ class ConformanceConfig(Recorded):
     name: str | None = knob(None, "what to call the server at --url")
     model: str | None = knob(None, "the model's name at --url; by default the first that it lists")
     api_key: str | None = knob(None, "a key for --url", env="LLM_INFER_API_KEY", secret=True)
+    quick: bool = knob(False, "a first look: with a random model of next to nothing; this leaves out llama-server")
     cases: str = knob("all", "only these cases, such as 1,2,44", metavar="N,N")
 
     def __post_init__(self) -> None:
@@ -101,13 +102,14 @@ def starts(config: ConformanceConfig) -> list[tuple[Callable[[], Target], bool]]
         return []
     if config.url:
         return [(lambda: servers.at(config.url or "", config.name, config.model, config.api_key), False)]
-    if config.start:
-        if lacks := servers.lacking(config.start):
-            raise UserError(lacks)
-        return [(servers.STARTS[config.start], True)]
-    for name in servers.STARTS:
-        console.warn(servers.lacking(name))
-    return [(start, True) for name, start in servers.STARTS.items() if servers.lacking(name) is None]
+    model = servers.weights(config.quick)
+    names = (config.start,) if config.start else tuple(servers.STARTS)
+    lacks = {name: servers.lacking(name, model) for name in names}
+    if config.start and lacks[config.start]:
+        raise UserError(lacks[config.start])
+    for sentence in lacks.values():
+        console.warn(sentence)
+    return [(lambda start=servers.STARTS[name]: start(model), True) for name in names if lacks[name] is None]
 
 
 def sections(mine: dict[int, Found], looked: dict[str, dict[int, Verdict]]) -> list[str]:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from conformance.judge import Verdict, each, not_applicable, otherwise, passed, refused, unsafe
 from conformance.target import CHAT, Target
+from conformance.transport import PLAIN
 from conformance.wire import Reply, exchange, request
 
 OPEN = ("/health", "/metrics")
@@ -57,7 +58,7 @@ def open_paths(target: Target) -> Verdict:
 
 def strange_ids(target: Target) -> Verdict:
     def ask(theirs: str) -> Verdict:
-        reply = target.ask("/v1/models", None, f"X-Request-Id: {theirs}")
+        reply = target.ask(PLAIN, None, f"X-Request-Id: {theirs}")
         if reply.status >= 500:
             return unsafe(f"{reply.status}")
         back = reply.headers.get("x-request-id")
@@ -66,7 +67,7 @@ def strange_ids(target: Target) -> Verdict:
         return otherwise("it comes back as it was") if same(back, theirs) else passed()
 
     def good() -> Verdict:
-        back = target.ask("/v1/models", None, "X-Request-Id: mine-1").headers.get("x-request-id")
+        back = target.ask(PLAIN, None, "X-Request-Id: mine-1").headers.get("x-request-id")
         return passed() if back == "mine-1" else otherwise(f"x-request-id is {back!r}")
 
     bad = (("20 kB", "x" * 20_000), ("1 MiB", "x" * MIB), ("emoji", "🙂"), ("a quoted one", 'a"b'))

@@ -13,7 +13,7 @@ from conformance.wire import Hung, Reply, exchange, request
 BURST = 80  # at once, where the capacity is not known: ten times the eight that the servers here are started with
 BURST_PATIENCE_S = 60.0
 REFUSAL_S = 1.0  # a refusal is cheap: 50 ms where nobody else computes
-LOAD_S = 6.0
+LOAD_S = 4.0
 ROOM = 4  # answers at once that keep it busy
 GOODPUT = 0.9
 TOKENS = 16
@@ -56,9 +56,13 @@ def burst(target: Target) -> Verdict:
 
 def sustained(target: Target) -> Verdict:
     """Tokens of whole answers in some seconds: from clients that just keep it busy, and from four times as many."""
-    alone, over = tokens_in(target, ROOM), tokens_in(target, 4 * ROOM)
-    if alone is None or over is None:
-        return unsafe("an answer is neither whole nor refused")
+    counts: dict[int, int] = {ROOM: 0, 4 * ROOM: 0}
+    for clients in (*counts, *counts):  # in turns, so that a machine that grows slower does not decide
+        found = tokens_in(target, clients)
+        if found is None:
+            return unsafe("an answer is neither whole nor refused")
+        counts[clients] += found
+    alone, over = counts.values()
     says = f"{100 * over / max(alone, 1):.0f} % of the tokens that it serves when it is just busy"
     return passed(says) if over >= GOODPUT * alone else otherwise(says)
 
@@ -87,7 +91,7 @@ def tokens_in(target: Target, clients: int) -> int | None:
 
 
 def tiny_and_huge(target: Target) -> Verdict:
-    """As many tiny ones as have room, beside one whose prompt is most of the context."""
+    """Tiny ones, one after the other, beside one whose prompt is long: all are served, in whatever order."""
     with ThreadPoolExecutor(1) as pool:
         huge = pool.submit(target.chat, "word " * min(LONG_PROMPT, target.context // 2), patience_s=120)
         time.sleep(0.2)
@@ -102,8 +106,6 @@ def tiny_and_huge(target: Target) -> Verdict:
         large = huge.result()
     if large.status != 200:
         return refused(large, 0)
-    if max(waits) > 0.8 * large.took_s > 2:
-        return otherwise(f"a tiny one waits {max(waits):.1f} s for the huge one, which takes {large.took_s:.1f} s")
     return passed(f"the huge one takes {large.took_s:.1f} s, a tiny one beside it {max(waits):.1f} s at most")
 
 

@@ -14,16 +14,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from config import ROOT, UserError
 from conformance.target import Target
+from weights import tiny
 from weights.find import EMBEDDED, embedded, embedded_gguf
 
 PEERS = ROOT / ".peers"
 START_S = 300.0
 SLOTS = 4
+QUICK_CONTEXT = 8192
 KEYS = ("sk-the-first-key-of-two", "sk-the-second-key-of-two")
 IGNORE_EOS = {"ignore_eos": True}
 
@@ -74,46 +77,63 @@ def asked(port: int, path: str, key: str | None = None) -> Any:
         connection.close()
 
 
-def context() -> int:
+@dataclass(frozen=True)
+class Weights:
+    """The model that all of them serve. name: as serve.py is told it. gguf: the same as one file, if there is one."""
+
+    name: str
+    folder: Path
+    gguf: Path | None
+
+    @property
+    def context(self) -> int:
+        return json.loads((self.folder / "config.json").read_text())["max_position_embeddings"]
+
+
+def weights(quick: bool) -> Weights:
+    """SmolLM2-135M-Instruct; to be quick, a random one of next to nothing, made anew. UserError."""
+    if quick:
+        folder = tiny.checkpoint(Path(tempfile.mkdtemp()) / "tiny", QUICK_CONTEXT)
+        return Weights(str(folder), folder, None)
     folder = embedded().folder
     assert folder is not None  # the embedded model is real weights, never random ones
-    return json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    return Weights(EMBEDDED, folder, embedded_gguf()[0])
 
 
-def ours(requests_a_minute: int = 0, tokens_a_minute: int = 0) -> Target:
+def ours(model: Weights, requests_a_minute: int = 0, tokens_a_minute: int = 0) -> Target:
     """This kit's service, as a user starts it, with its default limits."""
     port, keys = free_port(), Path(tempfile.mkdtemp()) / "keys"
     keys.write_text("\n".join(KEYS))
-    command = [sys.executable, "serve.py", "--model", EMBEDDED, "--port", port, "--api-keys-file", keys,
+    command = [sys.executable, "serve.py", "--model", model.name, "--port", port, "--api-keys-file", keys,
                "--max-running", SLOTS, "--max-queued", SLOTS, "--log-file", os.devnull,
                "--requests-per-minute", requests_a_minute, "--tokens-per-minute", tokens_a_minute]  # fmt: skip
     process = started("serve.py", command, port)
-    model = asked(port, "/v1/models", KEYS[0])["data"][0]["id"]
+    name = asked(port, "/v1/models", KEYS[0])["data"][0]["id"]
     return Target(
-        "this service", ("127.0.0.1", port), model, KEYS, IGNORE_EOS, context(), 2 * SLOTS, process, limited=ours,
-        close=lambda: ended(process),
+        "this service", ("127.0.0.1", port), name, KEYS, IGNORE_EOS, model.context, 2 * SLOTS, process,
+        limited=lambda requests, tokens: ours(model, requests, tokens), close=lambda: ended(process),
     )  # fmt: skip
 
 
-def transformers(*options: str) -> Target:
+def transformers(model: Weights, *options: str) -> Target:
     """transformers serve, pinned to the same weights as a folder. It knows neither keys nor limits nor ignore_eos."""
     program, port = PEERS / "transformers_serve/bin/transformers", free_port()
-    home = named_folder()
+    home = named_folder(model.folder)
+    (hub := Path(home.name) / "home").joinpath("hub").mkdir(parents=True)  # a cache of models, without which it fails
     command = [program, "serve", home.name, "--device", "cpu", "--host", "127.0.0.1", "--port", port, *options]
-    process = started("transformers serve", command, port, HF_HUB_OFFLINE="1")
+    process = started("transformers serve", command, port, HF_HUB_OFFLINE="1", HF_HOME=str(hub))
     name = "transformers serve" + ", continuous batching" * ("--continuous-batching" in options)
 
     def close() -> None:
         ended(process)
         home.cleanup()
 
-    return Target(name, ("127.0.0.1", port), home.name, (), {}, context(), None, process, close=close)
+    return Target(name, ("127.0.0.1", port), home.name, (), {}, model.context, None, process, close=close)
 
 
-def named_folder() -> tempfile.TemporaryDirectory:
-    """The embedded model, with the name of its architecture in its config: transformers serve asks for it."""
-    folder, home = embedded().folder, tempfile.TemporaryDirectory()
-    assert folder is not None
+def named_folder(folder: Path) -> tempfile.TemporaryDirectory:
+    """The model with the name of its architecture in its config, which transformers serve asks for."""
+    home = tempfile.TemporaryDirectory()
     for file in folder.iterdir():
         (Path(home.name) / file.name).symlink_to(file)
     config = Path(home.name) / "config.json"
@@ -123,36 +143,38 @@ def named_folder() -> tempfile.TemporaryDirectory:
     return home
 
 
-def llama_server() -> Target:
+def llama_server(model: Weights) -> Target:
     """llama.cpp's server, with the embedded GGUF file as it is."""
     place = PEERS / "llama_cpp"
     program = next(path for path in place.rglob("llama-server") if path.is_file() and os.access(path, os.X_OK))
-    port, (gguf, _) = free_port(), embedded_gguf()
-    command = [program, "-m", gguf, "-np", SLOTS, "-c", SLOTS * context(), "--host", "127.0.0.1",
+    port = free_port()
+    command = [program, "-m", model.gguf, "-np", SLOTS, "-c", SLOTS * model.context, "--host", "127.0.0.1",
                "--port", port, "--metrics", "--jinja", "--api-key", ",".join(KEYS)]  # fmt: skip
     process = started("llama-server", command, port, LD_LIBRARY_PATH=str(program.parent))
-    model = asked(port, "/v1/models", KEYS[0])["data"][0]["id"]
+    name = asked(port, "/v1/models", KEYS[0])["data"][0]["id"]
     return Target(
-        "llama-server", ("127.0.0.1", port), model, KEYS, IGNORE_EOS, context(), None, process,
+        "llama-server", ("127.0.0.1", port), name, KEYS, IGNORE_EOS, model.context, None, process,
         close=lambda: ended(process),
     )  # fmt: skip
 
 
-STARTS: dict[str, Callable[[], Target]] = {
+STARTS: dict[str, Callable[[Weights], Target]] = {
     "ours": ours,
     "transformers": transformers,
-    "transformers-cb": lambda: transformers("--continuous-batching"),
+    "transformers-cb": lambda model: transformers(model, "--continuous-batching"),
     "llama-server": llama_server,
 }
 HOMES = {"transformers": "transformers_serve", "transformers-cb": "transformers_serve", "llama-server": "llama_cpp"}
 
 
-def lacking(name: str) -> str | None:
-    """A sentence where a server is not installed here."""
+def lacking(name: str, model: Weights | None = None) -> str | None:
+    """A sentence where a server cannot be started here."""
     home = HOMES.get(name)
-    if home is None or (PEERS / home / ".done").exists():
-        return None
-    return f"{name} is left out: it is not installed. Type benchmarks/peers/install.sh {home}."
+    if home is not None and not (PEERS / home / ".done").exists():
+        return f"{name} is left out: it is not installed. Type benchmarks/peers/install.sh {home}."
+    if name == "llama-server" and model is not None and model.gguf is None:
+        return "llama-server is left out of a quick look: its model is a file of another kind."
+    return None
 
 
 def at(url: str, name: str | None, model: str | None, key: str | None) -> Target:

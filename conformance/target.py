@@ -119,12 +119,15 @@ class Target:
         time.sleep(seconds)
         return (self.cpu_s() - before) / (time.monotonic() - begin)
 
-    def idle_after(self, patience_s: float) -> float | None:
-        """Seconds until it computes no more; None when it still does after that time."""
-        begin = time.monotonic()
+    def idle_after(self, patience_s: float, share: float | None = None) -> float | None:
+        """Seconds until it computes no more; None when it still does after that time.
+
+        share: of a core, above which it counts as computing; by default IDLE_SHARE more than when nobody asks.
+        """
+        begin, limit = time.monotonic(), self.rest_share + IDLE_SHARE if share is None else share
         while time.monotonic() - begin < patience_s:
             at = time.monotonic() - begin
-            if self.share() < self.rest_share + IDLE_SHARE:
+            if self.share() < limit:
                 return at
         return None
 

@@ -13,6 +13,7 @@ from conformance.wire import Hung, answer, exchange, opened, sent
 
 BAD_STATUS = (400,)
 SLOW_S = 40.0  # that a slow sender goes on at most: the matrix wants an end after 30 s
+PLAIN = "/health"  # for what is about headers and connections: all of them have it
 WAITS_S = 5.0  # for somebody who might go on reading, or answer
 MIB = 1 << 20
 
@@ -91,7 +92,7 @@ def short_body(target: Target) -> Verdict:
 
 
 def slow_headers(target: Target) -> Verdict:
-    return dripped(target, b"GET /v1/models HTTP/1.1\r\nX: ", 12.0)
+    return dripped(target, b"GET /health HTTP/1.1\r\nX: ", 12.0)
 
 
 def slow_body(target: Target) -> Verdict:
@@ -112,7 +113,7 @@ def dripped(target: Target, begin: bytes, allowed_s: float) -> Verdict:
             with suppress(OSError):
                 connection.sendall(b"x")
             asked = time.monotonic()
-            target.ask("/v1/models")
+            target.ask(PLAIN)
             slowest = max(slowest, time.monotonic() - asked)
     if slowest > 5:
         return unsafe(f"others wait for {slowest:.0f} s meanwhile")
@@ -169,7 +170,7 @@ def other_path(target: Target) -> Verdict:
 def head_and_options(target: Target) -> Verdict:
     def head() -> Verdict:
         with opened(target.place) as connection:
-            both = target.raw("/v1/models", method="HEAD") + target.raw("/v1/models", None, "Connection: close")
+            both = target.raw(PLAIN, method="HEAD") + target.raw(PLAIN, None, "Connection: close")
             sent(connection, both)
             raw, _ = to_the_end(connection)
         first, _, rest = raw.partition(b"\r\n\r\n")
@@ -188,7 +189,7 @@ def head_and_options(target: Target) -> Verdict:
 def pipelined(target: Target) -> Verdict:
     with opened(target.place) as connection:
         good = target.raw(CHAT, target.chat_body())
-        sent(connection, target.raw(CHAT, b"{") + good + target.raw("/v1/models", None, "Connection: close"))
+        sent(connection, target.raw(CHAT, b"{") + good + target.raw(PLAIN, None, "Connection: close"))
         raw, _ = to_the_end(connection)
     statuses = [int(part[:3]) for part in raw.split(b"HTTP/1.1 ")[1:] if part[:3].isdigit()]
     if any(status >= 500 for status in statuses):
@@ -200,7 +201,7 @@ def pipelined(target: Target) -> Verdict:
 
 def many_headers(target: Target) -> Verdict:
     def ask(headers: list[str]) -> Verdict:
-        return refused(target.ask("/v1/models", None, *headers), 431, 400)
+        return refused(target.ask(PLAIN, None, *headers), 431, 400)
 
     cases = (("64 KiB", ["X: " + "y" * 65536]), ("500 of them", [f"X-{i}: y" for i in range(500)]))
     return each((what, lambda headers=headers: ask(headers)) for what, headers in cases)
