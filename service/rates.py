@@ -17,6 +17,7 @@ NOISE = 0.02  # the same of a single step
 FORGETTING = 0.002  # of what is known with each step: the machine changes
 OUTLIER = 2.0  # standard deviations: a step that took longer still counts as that
 SLOWEST = math.log(100)  # and the fastest: what is learned stays within so many times of what was measured
+SHORTEST_S = 1e-9  # of a step: a clock may stand still
 HALF_LIFE_S = 300.0  # of what was learned, while nothing is computed
 CERTAIN = [[COMMON + OWN[i] * (i == j) for j in PARTS] for i in PARTS]  # before the first step
 
@@ -41,7 +42,7 @@ class Rates:
         """Seconds, as of now: of a step, an answer, a prompt token, a token of context."""
         lasting = self.lasting(self.clock())
         measured = (self.step_s, self.each_s, 1 / self.prefill_tokens_s, self.read_s)
-        return tuple(cost * math.exp(log * lasting) for cost, log in zip(measured, self.slower, strict=True))
+        return tuple(measured[i] * math.exp(self.slower[i] * lasting) for i in PARTS)
 
     def lasting(self, now_s: float) -> float:
         """The part of what was learned that still counts: else the slow past of an hour ago would refuse somebody."""
@@ -72,22 +73,15 @@ class Rates:
         lasting = self.lasting(now_s)
         self.slower = [log * lasting for log in self.slower]
         self.learned_s = now_s
-        parts = [
-            cost * count for cost, count in zip(self.costs(), (1, answers, tokens - answers, context), strict=True)
-        ]
+        costs, counts = self.costs(), (1, answers, tokens - answers, context)
+        parts = [costs[i] * counts[i] for i in PARTS]
         share = [part / sum(parts) for part in parts]  # what the time's logarithm changes by, when the cost's does
         moves = [sum(row[j] * share[j] for j in PARTS) for row in self.doubt]
-        variance = sum(move * share[i] for i, move in enumerate(moves)) + NOISE
+        variance = sum(moves[i] * share[i] for i in PARTS) + NOISE
         most = OUTLIER * math.sqrt(variance)
-        surprise = min(max(math.log(max(took_s, 1e-9) / sum(parts)), -most), most)
-        self.slower = [
-            min(max(log + move / variance * surprise, -SLOWEST), SLOWEST)
-            for log, move in zip(self.slower, moves, strict=True)
-        ]
-        self.doubt = [
-            [
-                (self.doubt[i][j] - moves[i] * moves[j] / variance) * (1 - FORGETTING) + CERTAIN[i][j] * FORGETTING
-                for j in PARTS
-            ]
-            for i in PARTS
-        ]
+        surprise = min(max(math.log(max(took_s, SHORTEST_S) / sum(parts)), -most), most)
+        for i in PARTS:
+            self.slower[i] = min(max(self.slower[i] + moves[i] / variance * surprise, -SLOWEST), SLOWEST)
+            for j in PARTS:
+                surer = self.doubt[i][j] - moves[i] * moves[j] / variance
+                self.doubt[i][j] = surer + (CERTAIN[i][j] - surer) * FORGETTING
