@@ -37,6 +37,7 @@ ALL = (
     "serve_cost",
     "serve_overload",
     "serve_faults",
+    "serve_prediction",
     "serve_speed",
     "load_client",
     "load_agreement",
