@@ -102,14 +102,21 @@ async def gathered(serving: Serving, job: Job, errand: Errand, detours: Detours)
 
 
 async def streamed(serving: Serving, job: Job, errand: Errand, detours: Detours) -> AsyncGenerator[bytes, None]:
-    """The events of one reply. What goes wrong on the way is an event too, and then there is no [DONE]."""
+    """The events of one reply. What goes wrong on the way is an event too, and then there is no [DONE].
+
+    Nothing is said before the first token, or a sign of life: until then a balancer may give the request to another
+    replica, and what goes wrong is told by a status. ApiError.
+    """
     reply = errand.reply
+    openings = [event(opening) for i in range(len(job.answers)) if (opening := reply.opening(i)) is not None]
+    spoken = False
     try:
-        for i in range(len(job.answers)):
-            if (opening := reply.opening(i)) is not None:
-                yield event(opening)
         told_so_far, ended = [0] * len(job.answers), set()
         async for anything_new in serving.follow(job):
+            if not spoken and (not anything_new or job.stream.delivered or job.stream.done):
+                spoken = True
+                for opening in openings:
+                    yield opening
             if not anything_new:
                 yield HEARTBEAT
                 continue
@@ -128,8 +135,10 @@ async def streamed(serving: Serving, job: Job, errand: Errand, detours: Detours)
         if reply.tells_usage:
             yield event(reply.chunk([], usage=told))
         yield END
-    except ApiError as error:  # the status has been sent
-        job.life.failed(error.outcome, error.code)
+    except ApiError as error:
+        if not spoken:
+            raise
+        job.life.failed(error.outcome, error.code)  # the status has been sent
         yield event(error.body)
     finally:
         serving.close(job)

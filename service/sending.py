@@ -84,10 +84,17 @@ class Events(Response):
             self.ended()
 
     async def write(self, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        """The status goes with the first event: until then it may still become another one."""
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        started = False
         try:
             async for chunk in self.events:
+                if not started:
+                    await send(start)
+                    started = True
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            if not started:
+                await send(start)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self.events.aclose()  # at once, not when the garbage is collected

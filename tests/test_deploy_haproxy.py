@@ -36,7 +36,7 @@ from load import server
 pytestmark = pytest.mark.slow
 
 LONG = {"max_tokens": 4000, "ignore_eos": True}  # seconds of work
-PLACES = 24  # of each replica: 8 that run, 16 that wait
+SLOTS, PLACES = 8, 24  # of each replica: as many run, and 16 more wait
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def folder(checkpoint_folder, tmp_path_factory):
 def started(folder, tmp_path_factory):
     needs_haproxy()
     place = tmp_path_factory.mktemp("replicas")
-    with pair(["--model", str(folder), *SMALL, "--max-running", "8"], place) as (balancer, replicas):
+    with pair(["--model", str(folder), *SMALL, "--max-running", str(SLOTS)], place) as (balancer, replicas):
         yield House(balancer, replicas, place)
 
 
@@ -252,6 +252,19 @@ def test_a_cut_connection_is_an_error_for_openais_client_and_the_end_of_a_raw_on
         streams.pop("replica-2").close()
         assert kinds(traces) == {"answered": 4}, "no byte of theirs had come"
         assert int(balancer.table()["replica-1"]["wredis"]) >= 1
+
+
+def test_a_stream_that_still_waits_is_answered_elsewhere_when_its_replica_is_cut_off(house):
+    with piped(house) as (pipe, balancer), ThreadPoolExecutor(1) as pool:
+        running = [stream_on(balancer.port)[0] for _ in range(2 * SLOTS)]
+        waiting = pool.submit(asked_at_once, balancer.url, [chat_body(str(i), stream=True) for i in range(6)])
+        until(lambda: house.figure("replica-1", "waiting") >= 1, "for one that waits there")
+        pipe.cut()
+        traces = waiting.result()
+        assert int(balancer.table()["replica-1"]["wredis"]) >= 1
+        for connection in running:
+            connection.close()
+    assert kinds(traces) == {"answered": 6}
 
 
 def test_a_request_that_is_too_long_to_be_kept_is_lost_with_an_error_that_openais_clients_send_again(house):
