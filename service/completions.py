@@ -127,7 +127,7 @@ async def streamed(serving: Serving, job: Job, errand: Errand, detours: Detours)
                 if text or (done and fresh):  # tokens without text of their own yet are told with the text
                     told_so_far[i] += len(fresh)
                     yield event(reply.text(i, text, fresh))
-                if done and i not in ended:
+                if done and i not in ended and answer.request.error is None:  # else follow() raises it next
                     ended.add(i)
                     yield event(reply.ending(i, answer))
         told = usage(job.prompt_tokens, job.answers, job.life.split())
