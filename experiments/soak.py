@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from lab import console, records, soak_judge, soak_plots, soak_tables
@@ -175,6 +175,8 @@ class Soak:
         stayed = [(one, trace) for one, trace in lap.ended if one.kind in ("stream", "whole") and not one.rush]
         whole = [(one, trace) for one, trace in stayed if became(one, trace) == "answered"]
         first = [trace.ttft_s for one, trace in whole if one.kind == "stream" and trace.ttft_s is not None]
+        if whole:
+            self.visitors.usual_s = median(trace.e2e_s for _, trace in whole)
         anchors = [look["anchor_s"] for look in (*self.record["looks"], *self.record["rests"]) if look["at"] >= at]
         self.record["laps"].append({
             "number": number, "at": at, "asked": len(lap.ended), "stayed": len(stayed), "answered": len(whole),

@@ -128,7 +128,12 @@ def drift(laps: Sequence[Lap], figure: str, percent: str = "p99", limit: float =
     holds = None
     if found.high is not None and found.rounds >= FEWEST_ROUNDS:
         holds = True if found.high < 1 + limit else False if found.low > 1 + limit else None
-    return Judged(what, f"less than {limit:.0%} slower", str(found), holds)
+    told = str(found)
+    if holds is not None:  # a narrower question than the verdict's word answers, so it may be settled before it
+        told = (
+            f"×{found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}] (n={found.rounds} pairs, {found.dropped} dropped)"
+        )
+    return Judged(what, f"less than {limit:.0%} slower", told, holds)
 
 
 NAMES = {"ttft_s": "TTFT", "e2e_s": "E2E"}

@@ -60,7 +60,7 @@ WRONG: tuple[tuple[Any, int], ...] = (
 
 
 class Visitors:
-    """Makes visits. longest_new: tokens of an answer, at most. usual_s: how long an answer takes, for who leaves."""
+    """Makes visits. longest_new: tokens of an answer, at most. usual_s: what one takes; who leaves has left by then."""
 
     def __init__(self, model: str, keys: Sequence[str], longest_new: int, seed: int) -> None:
         self.model, self.keys, self.longest_new, self.seed = model, list(keys), longest_new, seed
@@ -95,8 +95,9 @@ class Visitors:
         one = self.sensible(dice, due_s, rush)
         if chance >= NONSENSE + LEAVERS:
             return one
-        stays_s = max(dice.uniform(0, 1.2 * self.usual_s), LEAST_STAY_S)
-        return Visit(due_s, "leaver", one.door, one.body, stays_s=stays_s, rush=rush)
+        stays_s = max(dice.uniform(0, self.usual_s), LEAST_STAY_S)
+        long = one.body | {"max_tokens": self.longest_new}  # so that few are answered before they leave
+        return Visit(due_s, "leaver", one.door, long, stays_s=stays_s, rush=rush)
 
     def sensible(self, dice: random.Random, due_s: float, rush: bool) -> Visit:
         chat, stream = dice.random() < CHATS, dice.random() < STREAMS

@@ -64,7 +64,7 @@ def test_five_thousand_requests_leave_nothing_behind(tmp_path, capsys):
     assert asked >= 5000 or record["rests"][-1]["at"] > 150
     calm = {kind: sum(found.values()) for kind, found in ends.items() if kind != "rush"}
     assert 0.15 < calm["leaver"] / sum(calm.values()) < 0.25 and 0.03 < calm["nonsense"] / sum(calm.values()) < 0.07
-    assert ends["leaver"]["left"] > 0 and ends["rush"]["refused"] > 0
+    assert ends["leaver"]["left"] > 0.5 * calm["leaver"] and ends["rush"]["refused"] > 0
 
 
 def test_a_service_that_keeps_every_answer_is_found_out():
