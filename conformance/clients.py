@@ -113,7 +113,7 @@ def finished(raw: bytes) -> bool:
 def stops_reading(target: Target) -> Verdict:
     """An answer of megabytes, where it can be had, to a reader with room for kilobytes."""
     before, lines = target.memory(), {"logprobs": True, "top_logprobs": 20}
-    for wishes in (lines | {"n": 4}, lines, {}):
+    for wishes in (lines | {"n": 2}, lines, {}):  # others still have a slot
         body = {"stream": True, "max_tokens": target.long_tokens, **wishes, **target.long}
         with target.open_chat("Write a very long story.", room=2048, **body) as connection:
             if first_event(connection, 60 * target.slow).status != 200:

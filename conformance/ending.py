@@ -9,6 +9,7 @@ from conformance.target import Target, first_event
 from conformance.transport import to_the_end
 from conformance.wire import Hung
 
+ENDS = (0, -signal.SIGTERM)  # some drain, and then let the signal do its work
 DRAIN_S = 40.0  # the matrix wants 30 + 2
 
 
@@ -34,7 +35,9 @@ def told_to_end(target: Target) -> Verdict:
         return otherwise(f"its streams are cut without a word (status {status})")
     if late == 200:
         return otherwise("a new request is let in while it ends")
-    return passed(f"the stream {'ends' if whole else 'is told'}") if status == 0 else otherwise(f"status {status}")
+    if status not in ENDS:
+        return otherwise(f"status {status}")
+    return passed(f"the stream {'ends' if whole else 'is told'}" + ", and then the signal ends it" * (status < 0))
 
 
 def late_comer(target: Target) -> int:

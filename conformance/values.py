@@ -24,11 +24,12 @@ def no_messages(target: Target) -> Verdict:
 
 
 def no_message(target: Target) -> Verdict:
-    wrong = (
-        {"role": "king", "content": "x"}, {"content": "x"}, {"role": "user"}, {"role": "user", "content": None},
-        {"role": "user", "content": 3}, "hello",
-    )  # fmt: skip
-    return target.refusals([{"messages": [USER, one]} for one in wrong])
+    wrong = {
+        "a role that is none": {"role": "king", "content": "x"}, "no role": {"content": "x"},
+        "no content": {"role": "user"}, "content null": {"role": "user", "content": None},
+        "content 3": {"role": "user", "content": 3}, "a text for a message": "hello",
+    }  # fmt: skip
+    return each((what, lambda one=one: refused(target.peek(messages=[USER, one]), 400)) for what, one in wrong.items())
 
 
 def parts(target: Target) -> Verdict:
