@@ -42,6 +42,8 @@ class Watch:
         self.laws_s = laws_s
         self.memory = MemoryGuard(memory_used, self.bridge.clock)
         self.memory.givers.append(self.bridge.drop_cache)
+        if serving.relief.results is not None:
+            self.memory.givers.insert(0, serving.relief.results.kept.clear)  # before the allocator is asked
         self.connections = Connections(serving.settings.max_connections, lambda: self.memory.tight)
         self.laws = {"tokens": True, "blocks": True, "little": True}
         self.steps: deque[float] = deque(maxlen=STEPS_SEEN)

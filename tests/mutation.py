@@ -81,8 +81,11 @@ def run(place: Path, names: list[str]) -> None:
             env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         )  # fmt: skip
     if done.returncode:
-        tail = (place / "log").read_text().replace("\r", "\n")[-3000:]
-        raise SystemExit(f"{tail}\nmutmut ended with status {done.returncode}: its last words are above.")
+        lines = (place / "log").read_text().replace("\r", "\n").splitlines()
+        said = [line for line in lines if line.isascii()]  # without the progress bar
+        raise SystemExit(
+            "\n".join(said[-60:]) + f"\nmutmut ended with status {done.returncode}: its last words are above."
+        )
 
 
 def verdicts(place: Path, name: str) -> dict[str, int]:

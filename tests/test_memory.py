@@ -140,12 +140,13 @@ def test_the_pool_is_all_blocks_and_none_of_it_here_when_it_is_on_a_gpu():
 @pytest.mark.slow
 def test_b59_from_the_lower_mark_prefixes_go_and_connections_are_not_kept(checkpoint_folder):
     used = [0.5]
-    with served(checkpoint_folder, memory_used=lambda: used[0]) as here:
+    with served(checkpoint_folder, memory_used=lambda: used[0], result_cache_bytes=100_000) as here:
 
         def cached() -> int:
             return here.complete(list(range(60, 100))).json["usage"]["prompt_tokens_details"]["cached_tokens"]
 
         assert (cached(), cached()) == (0, 32)
+        here.until(lambda: here.house.serving.relief.results.bytes > 0, "for the probe's answer")
         with here.open() as idle, here.open() as kept:
             kept.sendall(raw_request("/v1/chat/completions", chat_body()))
             assert b"connection: close" not in read_until(kept, b'"usage"').lower()
@@ -154,6 +155,7 @@ def test_b59_from_the_lower_mark_prefixes_go_and_connections_are_not_kept(checkp
             assert idle.recv(1) == kept.recv(1) == b"", "nor are those that wait for a next request"
         here.until(lambda: not here.bridge.dropping)
         assert cached() == 0, "what nobody held was given back"
+        assert here.house.serving.relief.results.bytes == 0, "and so are kept answers"
         reply = here.chat()
         assert (reply.status, reply.headers["connection"]) == (200, "close") and figure(here, "memory_tight") == 1
         assert here.ask("/health/ready").status == 200 and figure(here, "memory_used_ratio") == 0.93
