@@ -194,6 +194,11 @@ def test_one_kind_of_step_moves_what_was_never_seen_too():
     assert 2 < known.prefill(1) / 0.001 < 3, "a machine that is slower is slower at everything"
 
 
+def test_what_a_step_cost_at_the_start_is_not_forgotten():
+    known = lived(rates(), 300, (4, 4, 0, 3 * 0.14))
+    assert known.as_measured(64, 4, 500) == pytest.approx(0.1 + 0.04 + 0.06 + 0.05)
+
+
 def test_the_first_step_moves_it_most():
     """Worked out by hand: the gain of a filter that is as unsure of all as it is told to be."""
     known = lived(rates(each_s=0.0, read_s=0.0), 1, (1, 1, 0, 0.11))
