@@ -345,15 +345,15 @@ def test_at_the_door_a_place_is_kept_and_counted_for_everybody():
 
 
 def test_the_figures_of_a_flood_are_looked_up_a_few_times_a_second():
-    now, house = [0.0], books(slots=1, queued=0)
+    now, house = [9.0], books(slots=1, queued=0)
     house.clock = lambda: now[0]
     running(house, new=50)
     seen = house.crowd()
-    for now[0] in (0.02, 0.05):
+    for now[0] in (9.02, 9.04):
         refused(house, "requests")
         assert house.crowd() is seen
-    now[0] = 0.06
-    assert house.crowd() is not seen and house.crowd().seen_s == 0.06
+    now[0] = 9.06
+    assert house.crowd() is not seen and house.crowd().seen_s == 9.06
     house.leave(house.inside[0])
     assert house.crowd().answers == 0, "whoever leaves is seen at once"
 

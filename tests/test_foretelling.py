@@ -101,6 +101,15 @@ def test_context_costs_with_every_step_that_reads_it():
     assert found.first_token_s == pytest.approx(4 * 0.12 + 0.02 + 1e-4 * read)
 
 
+def test_what_is_found_in_the_cache_is_not_computed_by_those_who_have_not_begun():
+    found = teller(slots=9)
+    found.shared = 16.0
+    assert found.foretold([], 40) == pytest.approx((0.0, 0.11 + 0.023))
+    assert found.foretold([prompt(30)], 40) == pytest.approx((0.0, 0.12 + 0.013 + 0.023))
+    assert found.foretold([prompt(30, running=True)], 40) == pytest.approx((0.0, 0.12 + 0.029 + 0.023))
+    assert found.foretold([prompt(10)], 5) == pytest.approx((0.0, 0.12)), "of each prompt the last token is computed"
+
+
 def test_those_behind_take_what_a_step_has_left():
     assert teller(9).foretold([], 30, behind=2) == pytest.approx((0.0, 0.13 + 3 * 0.029))
     assert teller(9).foretold([], 30, behind=99) == pytest.approx((0.0, 0.14 + 0.096)), "30 + 30 + 30 + 10 tokens"
@@ -192,6 +201,12 @@ def test_one_kind_of_step_moves_what_was_never_seen_too():
     known = lived(rates(), 300, (4, 4, 0, 3 * 0.14))
     assert known.step(4) == pytest.approx(3 * 0.14, rel=0.01)
     assert 2 < known.prefill(1) / 0.001 < 3, "a machine that is slower is slower at everything"
+
+
+def test_a_step_without_context_read_none():
+    known = rates(read_s=10.0)
+    known.learn(1, 1, 0.11)
+    assert known.drift == pytest.approx(1.0)
 
 
 def test_what_a_step_cost_at_the_start_is_not_forgotten():
