@@ -63,8 +63,7 @@ def add_completions(app: FastAPI, house: House) -> None:
                               ended=lambda: serving.close(job))  # fmt: skip
             return await unless_left(http.receive, gathered(serving, job, errand, detours))
         except ApiError as error:
-            error.headers = serving.limits.known_headers(key) | dict(error.headers)
-            raise
+            raise serving.limits.told_with(error, key) from error
         except ClientLeft:
             gone(http)
             return Response(status_code=499)  # nginx's number for it: nobody reads it
@@ -102,32 +101,27 @@ async def gathered(serving: Serving, job: Job, errand: Errand, detours: Detours)
 
 
 async def streamed(serving: Serving, job: Job, errand: Errand, detours: Detours) -> AsyncGenerator[bytes, None]:
-    """The events of one reply. What goes wrong on the way is an event too, and then there is no [DONE].
-
-    Nothing is said before the first token, or a sign of life: until then a balancer may give the request to another
-    replica, and what goes wrong is told by a status. ApiError.
+    """The events of one reply: none before its first text or the first sign of life. When something goes wrong there is
+    no [DONE].
     """
     reply = errand.reply
-    openings = [event(opening) for i in range(len(job.answers)) if (opening := reply.opening(i)) is not None]
-    spoken = False
+    openings = map(reply.opening, range(len(job.answers)))
+    opening = b"".join(event(one) for one in openings if one is not None)  # goes out with whatever is first
     try:
         told_so_far, ended = [0] * len(job.answers), set()
         async for anything_new in serving.follow(job):
-            if not spoken and (not anything_new or job.stream.delivered or job.stream.done):
-                spoken = True
-                for opening in openings:
-                    yield opening
             if not anything_new:
                 yield HEARTBEAT
                 continue
             for i, answer in enumerate(job.answers):
-                done = answer.done
+                done = answer.done and answer.request.error is None  # else follow() raises it at once
                 fresh: list[Choice] = answer.choices[told_so_far[i] :]
                 text = answer.new_text() if fresh or done else ""
                 if text or (done and fresh):  # tokens without text of their own yet are told with the text
                     told_so_far[i] += len(fresh)
-                    yield event(reply.text(i, text, fresh))
-                if done and i not in ended and answer.request.error is None:  # else follow() raises it next
+                    yield opening + event(reply.text(i, text, fresh))
+                    opening = b""
+                if done and i not in ended:
                     ended.add(i)
                     yield event(reply.ending(i, answer))
         told = usage(job.prompt_tokens, job.answers, job.life.split())
@@ -136,10 +130,8 @@ async def streamed(serving: Serving, job: Job, errand: Errand, detours: Detours)
             yield event(reply.chunk([], usage=told))
         yield END
     except ApiError as error:
-        if not spoken:
-            raise
-        job.life.failed(error.outcome, error.code)  # the status has been sent
-        yield event(error.body)
+        serving.close(job)  # before its limits are told: what it did not use is there again
+        raise serving.limits.told_with(error, job.key) from error
     finally:
         serving.close(job)
 

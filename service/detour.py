@@ -4,7 +4,7 @@ kept before (x-cache: hit) -> [limits, breaker, admission: serving.py] -> refuse
 """
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request
@@ -168,8 +168,8 @@ async def told_again(reply: Reply, kept: Kept, usage: dict[str, Any]) -> AsyncGe
 
 
 async def passed_on(errand: Errand, call: Call) -> AsyncGenerator[bytes, None]:
-    """The other server's stream. What goes wrong on the way is an event too, and then there is no [DONE]."""
-    life, reply = errand.life, errand.reply
+    """The other server's stream. When something goes wrong there is no [DONE]."""
+    reply = errand.reply
     try:
         yield event(reply.chunk(call.first))
         async for choices in call.events:
@@ -177,12 +177,9 @@ async def passed_on(errand: Errand, call: Call) -> AsyncGenerator[bytes, None]:
         if reply.tells_usage and call.prompt_tokens is not None:
             yield event(reply.chunk([], usage=usage_of(errand, call)))
         yield END
-    except (ApiError, Unusable) as why:  # the status has been sent
-        error = why if isinstance(why, ApiError) else FAILED
-        if error is FAILED:
-            life.facts["fallback_error"] = str(why)
-        life.failed(error.outcome, error.code)
-        yield event(error.body)
+    except Unusable as why:
+        errand.life.facts["fallback_error"] = str(why)
+        raise replace(FAILED) from why
     finally:
         call.close()
 

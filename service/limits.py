@@ -5,7 +5,7 @@ request ends. The well-kept libraries for this have no way to give back, so this
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from service.errors import ApiError
 
@@ -85,6 +85,10 @@ class RateLimits:
     def known_headers(self, key: str) -> dict[str, str]:
         """The same for a key that has drawn before; nothing for others, and nothing is kept for them."""
         return self.headers(key) if any((key, what) in self.buckets for what in self.most) else {}
+
+    def told_with(self, error: ApiError, key: str) -> ApiError:
+        """The error with what is known of this key's limits; a copy, because several may be told the same."""
+        return replace(error, headers=self.known_headers(key) | dict(error.headers))
 
     def refusal(self, key: str, what: str, amount: int, wait_s: float) -> ApiError:
         never = wait_s == float("inf")

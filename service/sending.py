@@ -61,8 +61,10 @@ def told(error: ApiError) -> Response:
 
 
 class Events(Response):
-    """A response of events, sent as they come. gone(): called when the client has left meanwhile. ended(): always, as
-    the last; events that nobody began to read have not run to their own end.
+    """A response of events, sent as they come. It begins with the first one: what fails before it is answered as any
+    other request is, and a proxy may give it to another server; an error after it is an event, the last one. gone():
+    called when the client has left meanwhile. ended(): always, as the last; events that nobody began to read have not
+    run to their own end.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Events(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await unless_left(receive, self.write(send))
+            await unless_left(receive, self.write(scope["state"], send))
             if scope["state"].get("left"):  # before the end: the rest was written to nobody
                 raise ClientLeft
         except ClientLeft:
@@ -83,18 +85,19 @@ class Events(Response):
         finally:
             self.ended()
 
-    async def write(self, send: Any) -> None:
-        """The status goes with the first event: until then it may still become another one."""
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        started = False
+    async def write(self, state: Mapping[str, Any], send: Any) -> None:
+        begun, last = False, b""
         try:
             async for chunk in self.events:
-                if not started:
-                    await send(start)
-                    started = True
+                if not begun:
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    begun = True
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            if not started:
-                await send(start)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ApiError as error:
+            if not begun:
+                raise
+            state["life"].failed(error.outcome, error.code)
+            last = event(error.body)
         finally:
             await self.events.aclose()  # at once, not when the garbage is collected
+        await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from service_kit import chat_body, events_of, raw_request, read_all, read_until, served
+from service_kit import PATIENCE_S, chat_body, events_of, raw_request, read_all, read_until, served
 
 from service.errors import ApiError
 from service.life import Life
@@ -343,15 +343,47 @@ def test_b66_nothing_between_may_hold_a_stream_back(checkpoint_folder):
             body = chat_body(stream=True)
             connection.sendall(raw_request(CHAT, body, "Accept-Encoding: gzip, deflate, br, zstd"))
             raw = read_until(connection, b": still here\n\n\r\n")
-            head, first = raw.split(b"\r\n\r\n", 1)
+            head, _ = raw.split(b"\r\n\r\n", 1)
             headers = head.lower().split(b"\r\n")
             assert b"x-accel-buffering: no" in headers and b"cache-control: no-cache" in headers
             assert b"content-type: text/event-stream; charset=utf-8" in headers
             assert not any(line.startswith((b"content-encoding", b"content-length")) for line in headers)
-            assert b'"role":"assistant"' in first and here.runner.steps == 4, "all this before the first token"
             raw += read_until(connection, b": still here\n\n\r\n")  # and again
+            assert b"data:" not in raw and here.runner.steps == 4, "all this before the first token"
             here.runner.go()
             raw += read_until(connection, b"\r\n0\r\n\r\n")
         assert content_of(unchunked(raw)) == text_of(here.chat())
+        assert events_of(unchunked(raw))[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
         plain = here.chat(headers={"Accept_Encoding": "gzip"})
         assert "content-encoding" not in plain.headers and text_of(plain)
+
+
+def test_b66_of_a_stream_nothing_is_sent_before_its_first_token(checkpoint_folder):
+    """So that a proxy may still give it to another server. Then who speaks comes along with the first of the text."""
+    with served(checkpoint_folder) as here:
+        here.runner.hold()
+        with here.send_chat(stream=True) as connection:
+            here.until(lambda: here.jobs)
+            connection.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            connection.settimeout(PATIENCE_S)
+            here.runner.allow(1)
+            head, first = read_until(connection, b"}]}\n\n\r\n").split(b"\r\n\r\n", 1)
+            assert b" 200 " in head and b"queue;dur=" in head and b"prefill;dur=" in head
+            opening, text = (one["choices"][0]["delta"] for one in events_of(first.partition(b"\r\n")[2]))
+            assert opening == {"role": "assistant", "content": ""} and len(text["content"]) == 1
+            here.runner.go()
+            assert b"[DONE]" in read_until(connection, b"\r\n0\r\n\r\n")
+
+
+def test_b66_what_fails_after_a_sign_of_life_is_an_event(checkpoint_folder):
+    with served(checkpoint_folder, heartbeat=0.1) as here:
+        here.runner.hold()
+        with here.send_chat(stream=True) as connection:
+            assert b" 200 " in read_until(connection, b": still here\n\n\r\n")
+            here.runner.faults[1] = RuntimeError("broken")
+            here.runner.go()
+            raw = read_until(connection, b"\r\n0\r\n\r\n")
+        assert b'"code":"engine_error"' in raw and b"[DONE]" not in raw and b'"role"' not in raw
+        here.until(lambda: here.outcomes().get("engine_error") == 1)

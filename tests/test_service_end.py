@@ -8,7 +8,7 @@ import time
 
 import pytest
 from process_kit import Process, longer, pasted, until
-from service_kit import chat_body, read_all, read_until
+from service_kit import Later, chat_body, read_all, read_until
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,8 @@ STREAM = {"max_tokens": NEW, "ignore_eos": True, "stream": True, "stream_options
 def doomed(checkpoint_folder, tmp_path_factory):
     """Those that tests end, started side by side."""
     wishes = {
-        "idle": ("--log-file", "/dev/full"), "patient": (), "hasty": ("--drain-timeout", "0.5"), "twice": (),
+        "idle": ("--log-file", "/dev/full"), "patient": (), "hasty": ("--drain-timeout", "0.5"),
+        "twice": ("--max-running", "1"),
         "interrupted": ("--host", "0.0.0.0"),
     }  # fmt: skip
     place = tmp_path_factory.mktemp("doomed")
@@ -90,6 +91,8 @@ def test_b73_who_is_not_done_when_the_time_is_over_is_told(doomed):
 def test_b73_a_second_signal_ends_it_at_once(doomed):
     process = doomed["twice"]
     with running_stream(process) as connection:
+        waiting = Later(lambda: process.ask(CHAT, chat_body("waits", **STREAM)))
+        until(lambda: process.ask("/health").json["now"]["waiting"] == 1)
         process.signal()
         until(lambda: process.ask("/health/ready").status == 503)
         process.signal()
@@ -98,6 +101,9 @@ def test_b73_a_second_signal_ends_it_at_once(doomed):
     assert process.ended(5) == 0
     assert time.monotonic() - begin < 4
     assert_told_of_the_end(rest)
+    unheard = waiting.result()
+    assert (unheard.status, unheard.error["code"]) == (503, "server_shutting_down"), "nothing of it had been sent"
+    assert unheard.headers["x-should-retry"] == "true" and unheard.headers["retry-after"]
     assert "Traceback" not in process.stderr
 
 

@@ -52,6 +52,20 @@ def test_b68_a_stream_that_fails_says_so_and_never_that_it_is_done(here):
     assert b"[DONE]" not in rest and b'"finish_reason":"' not in rest
 
 
+def test_b68_a_stream_that_fails_in_its_first_step_is_answered_as_a_whole_answer_is(checkpoint_folder):
+    with served(checkpoint_folder, requests_per_minute=100) as here:
+        here.runner.hold()
+        asked = [here.later(here.chat, "broken", stream=stream) for stream in (True, False)]
+        here.until(lambda: len(here.jobs) == 2)
+        here.runner.faults |= {1: RuntimeError("insides"), 2: RuntimeError("insides")}
+        here.runner.go()
+        for reply in (one.result() for one in asked):
+            assert (reply.status, reply.error["code"], reply.error["type"]) == (500, "engine_error", "server_error")
+            assert reply.headers["content-type"] == "application/json" and reply.headers["x-should-retry"] == "true"
+            assert "prefill;dur=" in reply.headers["server-timing"] and b"insides" not in reply.body
+            assert reply.headers["x-ratelimit-limit-requests"] == "100"
+
+
 def test_b68_one_of_two_answers_fails_and_the_other_is_not_computed_on(here):
     here.runner.hold()
     asked = here.later(here.chat, n=2, max_tokens=50)
@@ -73,17 +87,17 @@ def test_b69_a_failed_step_costs_its_requests_and_the_queued_ones_run_on_a_new_e
     with served(checkpoint_folder, max_running=2) as here:
         alone = text_of(here.chat("queued"))
         here.runner.hold()
-        hit = [here.later(here.chat, f"hit {i}", stream=bool(i), max_tokens=8) for i in range(2)]
-        running(here, 2)
+        hit = []
+        for stream in (False, True):  # the second one is in its first step when that fails
+            hit.append(here.later(here.chat, f"hit {stream}", stream=stream, max_tokens=8))
+            running(here, len(hit))
         queued = here.later(here.chat, "queued")
         here.until(lambda: len(here.bridge.engine.inbox) == 1)
         old = here.bridge.engine
         here.runner.faults[f"step {here.runner.steps + 1}"] = RuntimeError("CUDA error: insides")
         here.runner.go()
-        whole, stream = (one.result() for one in hit)
-        assert (whole.status, whole.error["code"]) == (500, "engine_error") and b"CUDA" not in whole.body
-        told = stream.events[-1]["error"] if stream.status == 200 else stream.error  # has its first token been told?
-        assert told["code"] == "engine_error" and b'"finish_reason":"' not in stream.body
+        for reply in (one.result() for one in hit):
+            assert (reply.status, reply.error["code"]) == (500, "engine_error") and b"CUDA" not in reply.body
         assert text_of(queued.result()) == alone
         assert here.bridge.engine is not old and figure(here, "engine_restarts_total", reason="step_failed") == 1
         assert here.ask("/health/ready").status == 200 and here.ask("/health").json["engine_restarts"] == 1
@@ -265,11 +279,16 @@ def test_b73_who_was_let_in_is_served_to_the_end_even_from_the_queue(checkpoint_
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_b73_who_is_not_done_in_time_is_told(checkpoint_folder, signals: int):
-    with served(checkpoint_folder, drain_timeout=0.3 if signals == 1 else 30) as here:
+    with served(checkpoint_folder, drain_timeout=0.3 if signals == 1 else 30, max_running=2) as here:
         here.runner.hold()
-        whole, queued = here.later(here.chat, max_tokens=50), here.later(here.chat, "b", max_tokens=50)
         connection = here.send_chat(stream=True, max_tokens=50)
-        running(here, 3)
+        running(here, 1)
+        one_step(here)
+        read_until(connection, b'"content":"')
+        unheard = [here.later(here.chat, "runs", max_tokens=50)]
+        running(here, 2)
+        unheard += [here.later(here.chat, "waits", stream=stream) for stream in (False, True)]
+        here.until(lambda: len(here.jobs) == 4)
         begin = time.monotonic()
         for _ in range(signals):
             end(here)
@@ -277,9 +296,10 @@ def test_b73_who_is_not_done_in_time_is_told(checkpoint_folder, signals: int):
         connection.close()
         assert time.monotonic() - begin < 3
         assert b'"code":"server_shutting_down"' in told and b"[DONE]" not in told
-        for one in (whole, queued):
+        for one in unheard:
             reply = one.result()
             assert (reply.status, reply.error["code"]) == (503, "server_shutting_down")
+            assert reply.headers["x-should-retry"] == "true" and reply.headers["retry-after"] == "2"
         here.runner.go()
         here.until(lambda: here.bridge.ending)
-        assert here.outcomes()["shed_drain"] == 3 and here.bridge.wasted.keys() <= {"drain"}
+        assert here.outcomes()["shed_drain"] == 4 and here.bridge.wasted.keys() <= {"drain"}

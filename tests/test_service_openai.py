@@ -140,8 +140,8 @@ def test_b67_keys_and_quotas(checkpoint_folder):
 def test_b67_b68_a_stream_that_breaks_raises_after_what_was_said(here):
     here.runner.hold()
     with client_of(here) as client:
+        here.runner.allow(2)  # before: a stream begins with its first token
         stream, said = client.chat.completions.create(**STREAM), []
-        here.runner.allow(2)
         with pytest.raises(openai.APIError) as broken:
             for chunk in stream:
                 said.append(chunk)

@@ -252,7 +252,7 @@ def test_work_ends_with_its_client():
 
 @pytest.mark.parametrize("blocked_at", [0, 1, 2, 9])
 def test_events_end_their_job_wherever_the_client_leaves(blocked_at: int):
-    """Also before the first of them was asked for: a generator that never began has no end of its own."""
+    """Also before anything of it was sent."""
     log, sent = [], []
 
     async def events():
@@ -277,7 +277,36 @@ def test_events_end_their_job_wherever_the_client_leaves(blocked_at: int):
         await made({"state": {}}, receive, send)
 
     asyncio.run(answer())
-    assert log == {0: ["gone", "ended"], 9: ["closed", "ended"]}.get(blocked_at, ["closed", "gone", "ended"])
+    assert log == (["closed", "ended"] if blocked_at == 9 else ["closed", "gone", "ended"])
     if blocked_at == 9:
         assert b"".join(message.get("body", b"") for message in sent).count(b"data: ") == 3
         assert (b"content-type", b"text/event-stream; charset=utf-8") in sent[0]["headers"]
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_error_is_an_event_only_when_one_was_sent_before_it(before: int):
+    log, sent, life = [], [], Life(lambda: 0.0, "req-1")
+
+    async def events():
+        for i in range(before):
+            yield event({"i": i})
+        raise ApiError(504, "deadline_exceeded", "Too late.", outcome="timeout")
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    async def receive() -> dict:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    made = Events(events(), {}, gone=lambda: log.append("gone"), ended=lambda: log.append("ended"))
+    answer = made({"state": {"life": life}}, receive, send)
+    if before:
+        asyncio.run(answer)
+        assert sent[-1]["body"].startswith(b'data: {"error":') and sent[-1]["more_body"] is False
+        assert (life.outcome, life.error_code) == ("timeout", "deadline_exceeded")
+    else:
+        with pytest.raises(ApiError, match="Too late"):
+            asyncio.run(answer)
+        assert sent == [] and life.outcome == "ok", "it is the routes' business"
+    assert log == ["ended"]

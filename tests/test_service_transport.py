@@ -236,6 +236,7 @@ def test_the_beginning_of_a_next_request_does_not_end_this_ones_answer(here):
     here.runner.hold()
     with here.open() as connection:
         connection.sendall(raw_request(CHAT, chat_body(stream=True)) + b"\r\n")
+        here.runner.allow(1)
         read_until(connection, b"assistant")
         time.sleep(1.3)  # the limit on headers is 1 s here
         here.runner.go()
@@ -246,6 +247,7 @@ def test_b17_nonsense_behind_a_request_stays_out_of_its_answer(here):
     here.runner.hold()
     with here.open() as connection:
         connection.sendall(raw_request(CHAT, chat_body(stream=True)))
+        here.runner.allow(1)
         read_until(connection, b"assistant")
         connection.sendall(b"\x00\x01nonsense\r\n\r\n")
         time.sleep(0.1)
