@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -48,7 +49,8 @@ def folder(checkpoint_folder, tmp_path_factory):
 def started(folder, tmp_path_factory):
     needs_haproxy()
     place = tmp_path_factory.mktemp("replicas")
-    with pair(["--model", str(folder), *SMALL, "--max-running", str(SLOTS)], place) as (balancer, replicas):
+    patient = ["--queue-timeout", "120"]  # a machine that is busy with other tests is no full one
+    with pair(["--model", str(folder), *SMALL, "--max-running", str(SLOTS), *patient], place) as (balancer, replicas):
         yield House(balancer, replicas, place)
 
 
@@ -66,11 +68,11 @@ def stream_on(port: int, **wishes) -> tuple[socket.socket, str]:
     return connection, re.search(rb"x-served-by: (\S+)", head)[1].decode()
 
 
-def streams_on_both(port: int) -> dict[str, socket.socket]:
+def streams_on_both(port: int, **wishes) -> dict[str, socket.socket]:
     """One on each replica: the second goes where fewer are."""
     found = {}
     for _ in range(2):
-        connection, name = stream_on(port)
+        connection, name = stream_on(port, **wishes)
         found[name] = connection
     assert len(found) == 2
     return found
@@ -162,6 +164,29 @@ def test_b73_a_killed_replica_costs_nobody_who_had_not_begun_and_comes_back(fold
     since = {one["replica"] for one in requests if one["due"] > kill["down"] and one["end"] < kill["started"]}
     assert since <= {"replica-2"}
     assert "HOLDS, 0 of" in record["verdicts"][0]
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGTERM]], ids=["killed", "ended"])
+def test_b73_streams_that_wait_in_the_queue_of_a_replica_that_ends_are_answered_by_the_other(house, signals: list[int]):
+    """Nothing of them has been sent before their first token. Two signals: it gives up at once whom it has inside."""
+    with (
+        house.another() as balancer,
+        ThreadPoolExecutor(1) as pool,
+    ):  # one that gives both the same share from the start
+        streams = streams_on_both(balancer.port, n=SLOTS)  # all that runs at a time
+        with streams.pop("replica-1") as cut, streams.pop("replica-2") as other:
+            bodies = [chat_body(f"waits {i}", stream=True) for i in range(4)]
+            waiting = pool.submit(asked_at_once, balancer.url, bodies)
+            until(lambda: all(house.figure(name, "waiting") >= 1 for name in house.replicas), "for both queues")
+            for number in signals:
+                house.signal("replica-1", number)
+                time.sleep(0.2)
+            assert b"[DONE]" not in read_all_chunks(cut)
+            other.close()  # and there is room
+            traces = waiting.result()
+        assert kinds(traces) == {"answered": 4} and served_by(traces) == {"replica-2"}
+        assert int(balancer.table()["replica-1"]["wredis"]) >= 1
+    house.replicas["replica-1"].process.wait(20)
 
 
 def test_b73_a_replica_that_is_told_to_end_is_missed_by_nobody(house):
