@@ -129,7 +129,7 @@ def answer(
                 if time.monotonic() - begin > patience_s:
                     raise TimeoutError
         except TimeoutError as error:
-            raise Hung(f"did not answer within {patience_s:g} s") from error
+            raise Hung(f"did not answer within {patience_s:.3g} s") from error
         except (http.client.HTTPException, OSError, ValueError):  # closed, reset, or no HTTP
             if not isinstance(found.status, int):
                 return Reply(took_s=time.monotonic() - begin)
