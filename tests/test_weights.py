@@ -249,7 +249,7 @@ def test_known_shapes_have_the_parameters_of_their_models():
 
 
 def test_random_weights_that_do_not_fit_are_refused_before_anything_is_allocated(monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 10**9})())
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"available": 10**9, "total": 2 * 10**9})())
     with pytest.raises(UserError, match=r"random:llama-7b needs 27\.0 GB for its weights and 1\.0 GB are free"):
         loaded("random:llama-7b")
 
