@@ -4,6 +4,9 @@ From the lower mark on, connections are not kept after their answer, and what no
 garbage, the allocator's reserves, keys and values that no request holds. From the upper mark on nobody new is let in;
 who is inside is served. Each mark is left at a lower share than it was met, so that nothing opens and shuts all the
 time. The kernel's own remedy would be to kill the process.
+
+The allocator's reserves go back once a minute in any case: between objects that stay, small holes add up over hundreds
+of thousands of requests, and look like a leak.
 """
 
 import contextlib
@@ -20,6 +23,7 @@ from weights.room import Room
 
 LOG = logging.getLogger(__name__)
 AGAIN_S = 10.0  # between two times of giving back, while it lasts
+TRIM_S = 60.0  # between two times that the allocator's reserves are given back, however much memory there is
 
 
 class Pressure(Enum):
@@ -46,15 +50,18 @@ WORDS = {
 
 
 class MemoryGuard:
-    """used: the share of the memory there is. givers: what gives something back; each is called when it gets tight."""
+    """used: the share of the memory there is. givers: what gives something back; each is called when it gets tight.
+    trim: what is called every minute.
+    """
 
     def __init__(
-        self, used: Callable[[], float], clock: Callable[[], float], givers: list[Callable[[], object]] | None = None
-    ) -> None:
-        self.used, self.clock = used, clock
+        self, used: Callable[[], float], clock: Callable[[], float], givers: list[Callable[[], object]] | None = None,
+        trim: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        self.used, self.clock, self.trim = used, clock, trim or trim_allocator
         self.givers = [collect_and_trim] if givers is None else givers
         self.pressure, self.share = Pressure.EASY, 0.0
-        self.gave_s = float("-inf")
+        self.gave_s, self.trimmed_s = float("-inf"), clock()
 
     @property
     def tight(self) -> bool:
@@ -71,6 +78,9 @@ class MemoryGuard:
             self.gave_s = self.clock()
             for give_back in self.givers:
                 give_back()
+        if self.clock() - self.trimmed_s >= TRIM_S:
+            self.trimmed_s = self.clock()
+            self.trim()
         return self.pressure
 
     def at_least(self, pressure: Pressure) -> bool:
@@ -78,8 +88,12 @@ class MemoryGuard:
 
 
 def collect_and_trim() -> None:
-    """Garbage, and what the C library's allocator keeps for later (glibc only)."""
     gc.collect()
+    trim_allocator()
+
+
+def trim_allocator() -> None:
+    """The C library's reserves go back to the system, in well under a millisecond (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

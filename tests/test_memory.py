@@ -58,6 +58,14 @@ def test_while_it_is_tight_something_is_given_back_now_and_then(caplog):
     assert MemoryGuard(lambda: 0.0, now).givers == [collect_and_trim]
 
 
+def test_the_allocators_reserves_go_back_every_minute_however_much_memory_there_is():
+    now, trimmed = Clock(), []
+    guard = MemoryGuard(lambda: 0.1, now, givers=[], trim=lambda: trimmed.append(now.now_s))
+    for now.now_s in range(0, 200, 7):
+        guard.look()
+    assert trimmed == [63, 126, 189] and not guard.tight
+
+
 # ---- the limits there are
 
 
@@ -175,7 +183,9 @@ def test_what_an_engine_gives_back_the_system_has_and_no_request_misses(checkpoi
     engine = load(config).engine
     if engine.give_back.__name__ != "give_back":
         pytest.skip("the C forward pass could not be compiled here: the PyTorch one does not give back")
-    prompts = [[i % 250 + 1] * (engine.context - 20) for i in range(50)]
+    prompts = [
+        [i % 250 + 1] * (engine.context - 20) for i in range(150)
+    ]  # enough to be seen beside what earlier tests left
     wish = Sampling(max_new_tokens=4)
     empty = resident()
     first = [answer.tokens for answer in engine.generate(prompts, wish)]
@@ -184,6 +194,7 @@ def test_what_an_engine_gives_back_the_system_has_and_no_request_misses(checkpoi
     while len(asked.choices) < 4:
         engine.step()
     engine.drop_cache()
+    print(full - empty, full - resident())
     assert full - empty > 2 * MEBIBYTE, "there was something to give back"
     assert full - resident() > 0.6 * (full - empty)
     assert asked.result().tokens[:4] == first[7]
