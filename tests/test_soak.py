@@ -1,4 +1,4 @@
-"""The soak of experiments/soak.py, in minutes: 5,000 requests of all kinds leave nothing behind; a leak is found."""
+"""The soak of experiments/soak.py in three minutes: requests of all kinds leave nothing behind; a leak is found."""
 
 import os
 import signal
@@ -42,10 +42,12 @@ def of(record: dict) -> dict[str, soak_judge.Judged]:
     return {one.what: one for one in soak_judge.judged(record)}
 
 
-def test_five_thousand_requests_leave_nothing_behind(tmp_path, capsys):
-    """Ends after 5,000 requests or 150 s, whichever is sooner."""
+def test_three_minutes_of_strangers_leave_nothing_behind(tmp_path, capsys):
+    """150 s, in which some 5,000 requests pass on a slow machine and 50,000 on a quiet one. It ended with the 5,000th
+    once: on a quiet machine that was after seconds, in which the service was still filling what it keeps.
+    """
     file = tmp_path / "soak.jsonl"
-    argv = ["--minutes", "2.5", "--requests", "5000", "--lap", "6", "--rush", "4", "--load", "0.8", "--json", str(file)]
+    argv = ["--minutes", "2.5", "--lap", "6", "--rush", "4", "--load", "0.8", "--json", str(file)]
     status = soak.main([*SHORT, *argv])
     told = capsys.readouterr().out
     (record,) = read_lines(file)
@@ -61,7 +63,7 @@ def test_five_thousand_requests_leave_nothing_behind(tmp_path, capsys):
     assert median(ready[-3:]) - ready[0] < GROWN, ready
     assert "-soak.png" in soak_plots.draw(record, tmp_path)
     ends, asked = record["kinds"], sum(record["ends"].values())
-    assert asked >= 5000 or record["rests"][-1]["at"] > 150
+    assert asked > 1000 and record["rests"][-1]["at"] > 100
     calm = {kind: sum(found.values()) for kind, found in ends.items() if kind != "rush"}
     assert 0.15 < calm["leaver"] / sum(calm.values()) < 0.25 and 0.03 < calm["nonsense"] / sum(calm.values()) < 0.07
     assert ends["leaver"]["left"] > 0.5 * calm["leaver"] and ends["rush"]["refused"] > 0
