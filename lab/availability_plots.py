@@ -2,40 +2,31 @@
 
 from pathlib import Path
 
-from config import ROOT
 from lab.availability import Record, failed, of_kind
-from lab.batch_plots import shown
+from lab.figure_file import FOLDER, drawing, section
 
 ENDS = {"answered whole": "#63a96b", "begun, cut with an error": "#e0a03c", "failed": "#b8433d"}
 REPLICAS = {"replica-1": "#3d7ab8", "replica-2": "#8a5fb0"}
 AWAY = "#c9ced6"
 
 
-def draw(record: Record, folder: Path = ROOT / "results" / "figures") -> str:
+def draw(record: Record, folder: Path = FOLDER) -> str:
     """Draw it as a PNG file; a Markdown section that names it."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws into files; asks no display
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['id']}-availability.png"
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(11, 5.6), sharex=True, layout="constrained")
-    ends_by_second(record, top)
-    latencies(record, bottom)
-    for axes in (top, bottom):
-        away(record, axes)
-        axes.grid(axis="y", alpha=0.3)
-        axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left")
-    bottom.set_xlabel("seconds, by when a request was due")
-    figure.suptitle(
+    title = (
         f"{record['model']['name']} twice behind HAProxy, {record['rate']:.2f} requests/s, "
-        f"{len(record['kills'])} kills [{record['id']}]",
-        fontsize=10,
+        f"{len(record['kills'])} kills [{record['id']}]"
     )
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return f"### Figure\n\n![{path.stem}]({shown(path)})"
+    with drawing(path, title, 2, figsize=(11, 5.6), sharex=True) as panels:
+        top, bottom = panels[:, 0]
+        ends_by_second(record, top)
+        latencies(record, bottom)
+        for axes in (top, bottom):
+            away(record, axes)
+            axes.grid(axis="y", alpha=0.3)
+            axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left")
+        bottom.set_xlabel("seconds, by when a request was due")
+    return section(path)
 
 
 def ends_by_second(record: Record, axes) -> None:

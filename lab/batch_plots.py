@@ -3,9 +3,10 @@
 from pathlib import Path
 from statistics import mean, median
 
-from config import ROOT
 from lab.batch_figures import (
+    Cell,
     Record,
+    Trial,
     cells,
     interval_of_mean,
     latencies_s,
@@ -15,33 +16,26 @@ from lab.batch_figures import (
     requests_per_s,
     tokens_per_s,
 )
+from lab.figure_file import FOLDER, drawing, section
 from metrics import percentile
 
+Cells = dict[Cell, list[Trial]]
 WAIT, WINDOW, PREFILL, DECODE = "#c9ced6", "#e0a03c", "#3d7ab8", "#63a96b"
 
 
-def draw(record: Record, folder: Path = ROOT / "results" / "figures") -> str:
+def draw(record: Record, folder: Path = FOLDER) -> str:
     """Draw both figures as PNG files; a Markdown section that names them."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws into files; asks no display
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{record['id']}-{name}.png" for name in ("throughput", "timeline")]
-    throughput_and_latency(record, paths[0])
-    timeline(record, paths[1])
-    return "### Figures\n\n" + "\n".join(f"![{path.stem}]({shown(path)})" for path in paths)
-
-
-def shown(path: Path) -> str:
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def throughput_and_latency(record: Record, path: Path) -> None:
-    """Left: tokens/s; right: average and P95 latency; both by batch size, one line per window, 95 % intervals."""
-    import matplotlib.pyplot as plt
-
     found = cells(record)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    curves, bars = (folder / f"{record['id']}-{name}.png" for name in ("throughput", "timeline"))
+    with drawing(curves, title(record), columns=2, figsize=(11, 4.2)) as panels:
+        throughput_and_latency(found, *panels[0])
+    with drawing(bars, title(record), len(found), figsize=(11, 1.0 + 1.7 * len(found)), sharex=True) as panels:
+        timeline(found, panels[:, 0])
+    return section(curves, bars)
+
+
+def throughput_and_latency(found: Cells, left, right) -> None:
+    """Left: tokens/s; right: average and P95 latency; both by batch size, one line per window, 95 % intervals."""
     for i, window in enumerate(sorted({window for _, window in found})):
         sizes = sorted(size for size, w in found if w == window)
         rows = [found[(size, window)] for size in sizes]
@@ -58,9 +52,6 @@ def throughput_and_latency(record: Record, path: Path) -> None:
     for axes in (left, right):
         axes.grid(axis="y", alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-    figure.suptitle(title(record), fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def with_bars(axes, places: list[float], samples: list[list[float]], label: str, color: str) -> None:
@@ -79,15 +70,9 @@ def p95_bars(axes, places: list[float], rows: list[list[dict]], label: str, colo
     axes.errorbar(places, pooled, yerr=[below, above], fmt="v:", capsize=3, color=color, alpha=0.5, label=label)
 
 
-def timeline(record: Record, path: Path) -> None:
+def timeline(found: Cells, panels) -> None:
     """One panel per policy, one bar per request from due to done: waiting, window, prefill, decode."""
-    import matplotlib.pyplot as plt
-
-    found = cells(record)
-    figure, panels = plt.subplots(
-        len(found), 1, figsize=(11, 1.0 + 1.7 * len(found)), sharex=True, layout="constrained", squeeze=False
-    )
-    for axes, (cell, trials) in zip(panels[:, 0], found.items(), strict=True):
+    for axes, (cell, trials) in zip(panels, found.items(), strict=True):
         trial = typical(trials)
         parts = parts_s(trial)
         for i, due in enumerate(trial["due_s"]):
@@ -113,11 +98,8 @@ def timeline(record: Record, path: Path) -> None:
             va="bottom",
             fontsize=8,
         )
-    panels[-1, 0].set_xlabel("seconds; one bar per request, in order of arrival")
-    panels[0, 0].legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0))
-    figure.suptitle(title(record), fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    panels[-1].set_xlabel("seconds; one bar per request, in order of arrival")
+    panels[0].legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0))
 
 
 def typical(trials: list[dict]) -> dict:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from config import ROOT
-from lab.batch_plots import shown
+from lab.figure_file import FOLDER, section
 from lab.load_runs import Record, level, over_rounds, rounds_by_load, shape
 from lab.report_figures import SERIES, canvas, legend, plain
 
@@ -45,7 +44,7 @@ def drawn(a: Record, b: Record, axis: str):
     return figure
 
 
-def save(a: Record, b: Record, name: str, folder: Path = ROOT / "results" / "figures") -> str | None:
+def save(a: Record, b: Record, name: str, folder: Path = FOLDER) -> str | None:
     """Draw it as a PNG file of that name; a Markdown section that names it. None without a common axis."""
     axis = axis_of(a, b)
     if axis is None:
@@ -58,4 +57,4 @@ def save(a: Record, b: Record, name: str, folder: Path = ROOT / "results" / "fig
     figure.suptitle(f"A [{a['id']}], B [{b['id']}]", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-    return f"### Figure\n\n![{path.stem}]({shown(path)})"
+    return section(path)

@@ -2,30 +2,20 @@
 
 from pathlib import Path
 
-from config import ROOT
 from lab import kv_figures as figures
+from lab.figure_file import FOLDER, drawing, section
 from lab.kv_figures import Record
 from lab.kv_tables import kinds
 
 
-def draw(record: Record, folder: Path = ROOT / "results" / "figures") -> str:
+def draw(record: Record, folder: Path = FOLDER) -> str:
     """Draw one PNG file with both panels; a Markdown section that names it."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws into files; asks no display
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record['id']}-kv.png"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
-    steps_panel(record, left)
-    memory_panel(record, right)
-    model = record["model"]
-    figure.suptitle(f"{model['name']}, {model['dtype']}, {model['device']} [{record['id']}]", fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return f"### Figure\n\n![{path.stem}]({shown})"
+    path, model = folder / f"{record['id']}-kv.png", record["model"]
+    title = f"{model['name']}, {model['dtype']}, {model['device']} [{record['id']}]"
+    with drawing(path, title, columns=2, figsize=(12, 4.4)) as panels:
+        steps_panel(record, panels[0, 0])
+        memory_panel(record, panels[0, 1])
+    return section(path)
 
 
 def steps_panel(record: Record, axes) -> None:

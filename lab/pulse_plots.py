@@ -3,30 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-from config import ROOT
-from lab.batch_plots import shown
+from lab.figure_file import FOLDER, drawing, section
 from lab.pulse_figures import SERVED, due_in, served
 from metrics import percentile
 
 Record = dict[str, Any]
 
 
-def draw(record: Record, folder: Path = ROOT / "results" / "figures") -> str:
+def draw(record: Record, folder: Path = FOLDER) -> str:
     """Draw it as a PNG file; a Markdown section that names it."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws into files; asks no display
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['id']}-pulse.png"
-    drawn(record, path)
-    return f"### Figure\n\n![{path.stem}]({shown(path)})"
+    title = f"{record['model']['name']}: {record['config']['pulse']:g} times the capacity [{record['id']}]"
+    with drawing(path, title, 3, figsize=(10, 8.5), sharex=True) as panels:
+        drawn(record, *panels[:, 0])
+    return section(path)
 
 
-def drawn(record: Record, path: Path) -> None:
+def drawn(record: Record, rates, queue, waits) -> None:
     """Seconds from the beginning of the pulse; rates are means of the rounds, waits are of all rounds together."""
-    import matplotlib.pyplot as plt
-
-    figure, (rates, queue, waits) = plt.subplots(3, 1, figsize=(10, 8.5), sharex=True, layout="constrained")
     begin_s, rounds = record["pulse_begin_s"], [one["requests"] for one in record["rounds"]]
     bins = range(int(record["round_s"]))
     for axes in (rates, queue, waits):
@@ -57,10 +51,6 @@ def drawn(record: Record, path: Path) -> None:
     waits.set(ylabel="seconds", xlabel="seconds from the beginning of the overload", ylim=(0, None))
     for axes in (rates, queue, waits):
         axes.legend(frameon=False, fontsize=8, ncols=4)
-    model = record["model"]["name"]
-    figure.suptitle(f"{model}: {record['config']['pulse']:g} times the capacity [{record['id']}]", fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def ttfts(rounds: list, begin_s: float) -> list[float]:

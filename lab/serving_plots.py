@@ -3,53 +3,39 @@
 from pathlib import Path
 from statistics import median
 
-from config import ROOT
-from lab.batch_plots import DECODE, PREFILL, WAIT, shown
+from lab.batch_plots import DECODE, PREFILL, WAIT
+from lab.figure_file import FOLDER, drawing, section
 from lab.serving_figures import Record, Trial, makespan_s, tokens_per_s, ways
 
 TOKEN = "#20502a"
 
 
-def draw(record: Record, folder: Path = ROOT / "results" / "figures") -> str:
+def draw(record: Record, folder: Path = FOLDER) -> str:
     """Draw the timelines as a PNG file; a Markdown section that names it."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws into files; asks no display
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['id']}-timelines.png"
-    timelines(record, path)
-    return f"### Figure\n\n![{path.stem}]({shown(path)})"
+    ways_there, requests = len(ways(record)), len(record["trials"][0]["due_s"])
+    model, load = record["model"], record["config"]
+    title = (
+        f"{model['name']} on {model['device']}: {requests} requests ({load['arrival']}), prompts of up to "
+        f"{load['prompt_tokens']} tokens, answers of up to {load['max_new_tokens']} [{record['id']}]"
+    )
+    size = (11, 0.9 + ways_there * (0.6 + 0.085 * requests))
+    with drawing(path, title, ways_there, figsize=size, sharex=True) as panels:
+        timelines(record, panels[:, 0])
+    return section(path)
 
 
-def timelines(record: Record, path: Path) -> None:
+def timelines(record: Record, panels) -> None:
     """One panel per way, the same time axis; one bar per request, a tick per token."""
-    import matplotlib.pyplot as plt
-
-    found = ways(record)
-    requests = len(record["trials"][0]["due_s"])
-    figure, panels = plt.subplots(
-        len(found), 1, figsize=(11, 0.9 + len(found) * (0.6 + 0.085 * requests)), sharex=True, layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
-    for axes, (name, trials) in zip(panels[:, 0], found.items(), strict=True):
+    for axes, (name, trials) in zip(panels, ways(record).items(), strict=True):
         trial = typical(trials)
-        for i in range(requests):
+        for i in range(len(trial["due_s"])):
             bar(axes, trial, i)
         axes.invert_yaxis()
         axes.set_yticks([])
         axes.set_title(f"{name}: {tokens_per_s(trial):.0f} tokens/s", loc="left", fontsize=9)
-    panels[-1, 0].set_xlabel(
-        "seconds; one bar per request, in order of arrival; a tick is a token in the asker's hands"
-    )
-    panels[0, 0].legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1.0))
-    model, load = record["model"], record["config"]
-    figure.suptitle(
-        f"{model['name']} on {model['device']}: {requests} requests ({load['arrival']}), prompts of up to "
-        f"{load['prompt_tokens']} tokens, answers of up to {load['max_new_tokens']} [{record['id']}]",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    panels[-1].set_xlabel("seconds; one bar per request, in order of arrival; a tick is a token in the asker's hands")
+    panels[0].legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1.0))
 
 
 def bar(axes, trial: Trial, i: int) -> None:

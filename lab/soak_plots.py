@@ -3,28 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from config import ROOT
-from lab.batch_plots import shown
+from lab.figure_file import FOLDER, drawing, section
 from lab.soak_judge import MIB
 
 Record = dict[str, Any]
 
 
-def draw(record: Record, folder: Path = ROOT / "results" / "figures") -> str:
+def draw(record: Record, folder: Path = FOLDER) -> str:
     """Draw it as a PNG file; a Markdown section that names it."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws into files; asks no display
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{record['id']}-soak.png"
-    drawn(record, path)
-    return f"### Figure\n\n![{path.stem}]({shown(path)})"
+    title = f"{sum(record['ends'].values()):,} requests; grey: warm-up [{record['id']}]"
+    with drawing(path, title, 3, figsize=(10, 8), sharex=True) as panels:
+        drawn(record, *panels[:, 0])
+    return section(path)
 
 
-def drawn(record: Record, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, (memory, held, waits) = plt.subplots(3, 1, figsize=(10, 8), sharex=True, layout="constrained")
+def drawn(record: Record, memory, held, waits) -> None:
     looks, rests, laps = record["looks"], [one for one in record["rests"] if one["ok"]], record["laps"]
     memory.plot(
         [one["at"] / 60 for one in looks], [one["bytes"] / MIB for one in looks], linewidth=0.8, label="all looks"
@@ -46,7 +40,3 @@ def drawn(record: Record, path: Path) -> None:
         axes.axvspan(0, record["ready_s"] / 60, color="#c9ced6", alpha=0.4, linewidth=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8, ncols=4)
-    asked = sum(record["ends"].values())
-    figure.suptitle(f"{asked:,} requests; grey: warm-up [{record['id']}]", fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
