@@ -53,23 +53,23 @@ def files() -> list[Path]:
     ]
 
 
+def command(paths: Iterable[Path], *options: str) -> list[str]:
+    """What runs the tests of the matrix in these files, and nothing else."""
+    plugins = ("-p", "conformance.plugin", "-p", "no:cacheprovider")
+    return [sys.executable, "-m", "pytest", *plugins, *options, *map(str, paths)]
+
+
 def run(numbers: set[int] | None = None) -> list[dict[str, Any]]:
     """The tests of the matrix, one after the other; what pytest prints goes to stderr. UserError."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "results.json"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "conformance.plugin",
-            "-p",
-            "no:cacheprovider",
-            *map(str, files()),
-        ]
         wanted = {ONLY: ",".join(map(str, sorted(numbers)))} if numbers else {}
         ran = subprocess.run(
-            command, cwd=ROOT, stdout=sys.stderr, env=os.environ | {OUT: str(place)} | wanted, timeout=TIMEOUT_S
+            command(files()),
+            cwd=ROOT,
+            stdout=sys.stderr,
+            env=os.environ | {OUT: str(place)} | wanted,
+            timeout=TIMEOUT_S,
         )
         if ran.returncode not in (0, 1, 5) or not place.exists():
             raise UserError(f"pytest ended with status {ran.returncode} before the tests were run: type make test.")

@@ -5,7 +5,6 @@ import json
 import re
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -75,19 +74,9 @@ def test_of_no_case(): assert False
 def test_a_case_passes_only_when_all_its_tests_do(tmp_path):
     (tmp_path / "test_small.py").write_text(TESTS)
     place = tmp_path / "out.json"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "conformance.plugin",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        tmp_path,
-    ]
+    command = suite.command([tmp_path / "test_small.py"], "--rootdir", str(tmp_path))
     path = {"PYTHONPATH": str(ROOT), OUT: str(place), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    ran = subprocess.run([*command, tmp_path / "test_small.py"], cwd=tmp_path, env=path, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, text=True)
     assert ran.returncode == 1 and "1 deselected" in ran.stdout, ran.stdout + ran.stderr
     found = suite.card(json.loads(place.read_text()))
     assert [found[number].outcome for number in range(1, 8)] == [
