@@ -4,6 +4,9 @@ asked. B74 of the fault matrix: open circuits, probes, and a fallback that fails
 
 import contextlib
 import json
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from service_kit import CONTEXT, Served, chat_body, raw_request, read_until, ser
 from step_kit import figure, one_step, settled, text_of
 
 from config import UserError
+from lab import wire
 from load.answers import text as golden_text
 from load.golden import serve
 from load.script import Script
@@ -383,6 +387,32 @@ def test_it_is_told_the_time_left_and_not_to_hand_it_on_and_nothing_about_the_us
         assert sent == {"model": "golden", "messages": [{"role": "user", "content": "hello"}], "temperature": 0.5,
                         "seed": 3, "max_tokens": CONTEXT - 1}  # fmt: skip
         assert b"their-secret" not in here.ask("/config", **ours).body and "their-secret" not in here.log.getvalue()
+
+
+def test_over_tls_it_must_be_who_it_says_it_is(checkpoint_folder, other, tmp_path, monkeypatch):
+    """With a certificate that somebody vouches for it is asked; without, it hears nothing of what was asked."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl that makes a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate], check=True, capture_output=True,
+    )  # fmt: skip
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    theirs.load_cert_chain(certificate, key)
+    other.socket, other.says = theirs.wrap_socket(other.socket, server_side=True), answer()
+    other.handle_error = lambda *_: None  # who does not trust it leaves in the middle of the handshake
+    for vouched, name, status in (
+        (None, "localhost", 503),
+        (certificate, "127.0.0.1", 503),
+        (certificate, "localhost", 200),
+    ):
+        monkeypatch.setattr(wire, "tls_context", lambda vouched=vouched: ssl.create_default_context(cafile=vouched))
+        other.asked.clear()
+        with behind(checkpoint_folder, f"https://{name}:{other.server_port}", fallback_timeout=5.0) as here:
+            open_circuit(here)
+            assert here.chat().status == status, (vouched, name)
+        assert len(other.asked) == (status == 200)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import gzip
 import json
 import socket
 import time
+import tracemalloc
 
 import pytest
 from service_kit import chat_body, raw_request, read_all, read_until, served
@@ -60,6 +61,21 @@ def test_b6_too_large_in_chunks_is_refused_at_the_limit(here):
             connection.sendall(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
         answer = read_all(connection)
     assert b" 413 " in answer and b"body_too_large" in answer
+
+
+def test_b6_no_more_of_it_is_held_than_the_limit(checkpoint_folder):
+    limit, piece = 1 << 20, b"10000\r\n" + b"x" * 65_536 + b"\r\n"
+    with served(checkpoint_folder, max_body=limit) as here, here.open() as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        tracemalloc.start()
+        with contextlib.suppress(OSError):  # it stops reading, or closes
+            for _ in range(20 * limit // len(piece)):
+                connection.sendall(piece)
+        answer = read_until(connection, b"body_too_large")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert b" 413 " in answer
+    assert limit / 2 < peak < 3 * limit, "the matrix's: some of it may be there twice, on its way"
 
 
 def test_b7_a_body_shorter_than_it_said(here):
