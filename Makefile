@@ -5,7 +5,7 @@
 # make bench-serve   start it, measure it with the standard matrix, write the report: ten minutes
 # make soak    two hours of everything that strangers do: does the service stay what it was?
 # make mutation      do the tests notice when the decisions' code is broken? Minutes, in an environment of its own
-# make peers   llama.cpp, vLLM and guidellm in environments of their own, for make bench to compare with
+# make peers   llama.cpp, vLLM, guidellm and transformers serve in environments of their own, to compare with
 # make conformance   the 74 cases of the fault matrix: this service, and others that make peers has installed
 # make run ARGS="--quick --breakdown" hands arguments on.
 

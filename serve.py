@@ -104,7 +104,12 @@ def opened(log_file: str | None) -> TextIO:
 def greet(address: str, house: Any) -> None:
     """The newcomer's first screen."""
     found, about = house.watch.capacity(), house.about
-    body = {"model": house.name, "max_tokens": 40, "messages": [{"role": "user", "content": "What is a KV cache?"}]}
+    path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": "What is a KV cache?"}]}
+    hint = [f"  open {address} in a browser to talk to it, or paste:"] if house.serving.settings.page else []
+    if house.serving.prompts.template is None:
+        path, asked = "/v1/completions", {"prompt": "A KV cache is"}
+        hint = ["  it has no chat template: it continues texts and cannot chat (--model smollm2 can)"]
+    body = {"model": house.name, "max_tokens": 40} | asked
     key = ' -H "Authorization: Bearer $LLM_INFER_API_KEY"' if house.keys.hashes else ""
     lines = [
         f"{house.name} ({about['kernel']}, weights {about['weights']}, context {found['context']:,}) at {address}",
@@ -113,9 +118,9 @@ def greet(address: str, house: Any) -> None:
         f"{number(found['decode_tokens_per_s'])} for {found['slots']} together, prompts at "
         f"{number(found['prefill_tokens_per_s'])} tokens/s",
         f"  ready {process_age_s():.1f} s after the start; Ctrl-C ends it",
-        *([f"  open {address} in a browser to talk to it, or paste:"] if house.serving.settings.page else []),
+        *hint,
         "",
-        f"curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
+        f"curl {address}{path}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
     ]
     print("\n".join(lines), flush=True)
 

@@ -114,15 +114,15 @@ def started(folder: Path, *arguments: str, place: Path, **environment: str) -> I
 
 
 def pasted(process: Process) -> dict[str, Any]:
-    """The message that the last line of the first screen brings in a shell; by hand where there is no curl."""
+    """The choice that the last line of the first screen brings in a shell; by hand where there is no curl."""
     line = process.screen.splitlines()[-1]
     if shutil.which("curl"):
         variables = {"LLM_INFER_API_KEY": process.key or "", "PATH": os.environ["PATH"]}
         ran = subprocess.run(["bash", "-c", f"{line} --silent --show-error"], capture_output=True, env=variables)
         assert ran.returncode == 0, ran.stderr
-        return json.loads(ran.stdout)["choices"][0]["message"]
+        return json.loads(ran.stdout)["choices"][0]
     words = shlex.split(line)
-    return process.ask("/v1" + words[1].partition("/v1")[2], json.loads(words[-1])).json["choices"][0]["message"]
+    return process.ask("/v1" + words[1].partition("/v1")[2], json.loads(words[-1])).json["choices"][0]
 
 
 def longer(folder: Path, place: Path, context: int) -> Path:

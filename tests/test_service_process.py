@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,18 @@ def test_the_first_screen_tells_all_and_its_last_line_works_in_a_shell(house):
                  "longest wait 1000 s"):  # fmt: skip
         assert told in house.screen
     assert SECRET not in house.screen
-    assert pasted(house)["role"] == "assistant"
+    assert pasted(house)["message"]["role"] == "assistant"
+
+
+def test_a_model_that_cannot_chat_says_so_and_its_last_line_continues_a_text(folder, tmp_path):
+    plain = shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("chat_template*"))
+    told = json.loads((plain / "tokenizer_config.json").read_text())
+    (plain / "tokenizer_config.json").write_text(json.dumps(told | {"chat_template": None}))
+    with started(plain, place=tmp_path / "place") as process:
+        assert "no chat template" in process.screen and "in a browser" not in process.screen
+        assert "message" not in (choice := pasted(process)) and choice["finish_reason"] in ("stop", "length")
+        reply = process.ask(CHAT, chat_body())
+        assert (reply.status, reply.error["param"]) == (400, "messages")
 
 
 def test_the_environment_sets_what_the_command_line_does_not_and_config_shows_it(house):
