@@ -21,6 +21,7 @@ from service.guard import Guard
 
 MOST_HEADER_BYTES = 32 << 10
 MOST_HEADERS = 100
+MOST_PIPELINED = 100  # requests of one connection that wait for the answer to one before: each holds some KiB
 LINGER_S = 1.0  # for what is on its way, after an answer that did not wait for it
 RAW_SHARE = 8  # bytes on the wire for each byte of a body: chunks of one byte need six
 UPGRADE = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
@@ -60,7 +61,7 @@ class Connection(HttpToolsProtocol):
 
     def turn_away(self, why: ApiError) -> None:
         """Before it has said a word; who comes in a flood of such does not get the time to read why."""
-        self.write_error(why, {"x-request-id": f"req-{secrets.token_hex(12)}"})
+        self.write_error(why)
         if self.all.lingering >= MOST_LINGERING:
             self.deaf = True
             self.transport.abort()
@@ -79,6 +80,7 @@ class Connection(HttpToolsProtocol):
         self.all.leave(self)
         self.all.lingering -= self.lingers
         self.pipeline.clear()
+        self.to_start = None
         if self.answering is not None and not self.answering.response_complete:
             self.answering.scope["state"]["left"] = True
             self.answering.disconnected = True
@@ -91,8 +93,10 @@ class Connection(HttpToolsProtocol):
             self.start()
 
     def start(self) -> None:
-        """Whose turn it is, and who comes after those that are refused: in a loop, since a client may send hundreds."""
-        while self.to_start is not None:
+        """Whose turn it is, and who comes after those that are refused: in a loop, since a client may send hundreds.
+        Nobody's, while what was answered before is not read.
+        """
+        while self.to_start is not None and not self.flow.write_paused:
             (cycle, app), self.to_start = self.to_start, None
             cycle.scope["state"]["whole"] = not cycle.more_body
             refused = type(self).at_once(cycle.scope)
@@ -174,7 +178,7 @@ class Connection(HttpToolsProtocol):
         told = b"" if cycle.scope["method"] == "HEAD" else body
         self.transport.write(STATUS_LINE[status] + lines.encode("latin-1", "replace") + b"\r\n" + told)
         cycle.response_started = cycle.response_complete = True
-        if cycle.more_body:
+        if cycle.more_body or (self.deaf and "connection" in headers):
             self.close_when_read()
         elif "connection" in headers:
             self.transport.close()
@@ -193,13 +197,18 @@ class Connection(HttpToolsProtocol):
         self.refuse(431, "header_too_large", f"The headers are larger than {MOST_HEADER_BYTES:,} bytes.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.reading_body:  # else a trailer, behind a body in chunks: nobody asked for it
+        if not (self.reading_body or self.deaf):  # else a trailer, behind a body in chunks: nobody asked for it
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if self.header_timer is not None:
             self.header_timer.cancel()
             self.header_timer = None
+        if self.deaf:  # the rest of a piece
+            return
+        if len(self.pipeline) >= MOST_PIPELINED:  # those that came before are answered, and the last one says goodbye
+            self.deaf, self.cycle.keep_alive = True, False
+            return
         self.reading_body, self.body_bytes = True, 0
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MOST_HEADER_BYTES:
             self.refuse_headers()
@@ -214,11 +223,11 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self.reading_body, self.header_bytes = False, 0
-        if self.cycle is not None:  # else it was refused
+        if self.cycle is not None and not self.deaf:  # else it was refused
             super().on_message_complete()
 
     def on_body(self, body: bytes) -> None:
-        if self.cycle is not None:
+        if self.cycle is not None and not self.deaf:
             super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
@@ -232,14 +241,14 @@ class Connection(HttpToolsProtocol):
         if self.busy and not self.answering.more_body:  # another request's answer is on its way: only that
             self.answering.keep_alive = False
             return
-        self.write_error(ApiError(status, code, message), {})
+        self.write_error(ApiError(status, code, message))
         self.close_when_read()
 
-    def write_error(self, error: ApiError, more: dict[str, str]) -> None:
+    def write_error(self, error: ApiError) -> None:
         """As the last thing on this connection."""
         body = orjson.dumps(error.body)
         headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-        headers |= error.all_headers | more
+        headers |= error.all_headers | {"x-request-id": f"req-{secrets.token_hex(12)}"}
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self.transport.write(STATUS_LINE[error.status] + lines.encode() + b"\r\n" + body)
 
@@ -252,6 +261,7 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self.stop_reader_timer()
         super().resume_writing()
+        self.start()
 
     def on_response_complete(self) -> None:
         """What is left to be sent may be too little for a pause; it must be read in time all the same."""
@@ -261,18 +271,23 @@ class Connection(HttpToolsProtocol):
             self.all.rests(self)
 
     def start_reader_timer(self) -> None:
-        if self.reader_timer is None and self.transport.get_write_buffer_size():
-            self.reader_timer = self.loop.call_later(self.send_timeout, self.reader_too_slow)
+        if self.reader_timer is None and (unread := self.transport.get_write_buffer_size()):
+            self.reader_timer = self.loop.call_later(self.send_timeout, self.reader_too_slow, unread)
 
     def stop_reader_timer(self) -> None:
         if self.reader_timer is not None:
             self.reader_timer.cancel()
             self.reader_timer = None
 
-    def reader_too_slow(self) -> None:
-        """abort(), since close() would wait for what nobody reads to be sent."""
+    def reader_too_slow(self, unread: int) -> None:
+        """abort(), since close() would wait for what nobody reads to be sent. A long answer on a slow line may take
+        longer, as long as it gets on: by what the kernel keeps, at least.
+        """
         self.reader_timer = None
-        if not self.transport.get_write_buffer_size():
+        if not (left := self.transport.get_write_buffer_size()):
+            return
+        if left <= unread - SEND_BUFFER:
+            self.start_reader_timer()
             return
         if self.answering is not None:
             self.answering.scope["state"]["stalled"] = True
@@ -299,7 +314,7 @@ class Parting:
         return getattr(self.connection.transport, name)
 
     def close(self) -> None:
-        if self.cycle.more_body and not self.cycle.disconnected:
+        if (self.cycle.more_body or self.connection.deaf) and not self.cycle.disconnected:
             self.connection.close_when_read()
         else:
             self.connection.transport.close()

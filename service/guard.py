@@ -15,7 +15,7 @@ import orjson
 from service.errors import ApiError
 from service.life import Life, server_timing
 from service.observe import ENDPOINTS
-from service.sending import told
+from service.sending import ClientLeft, told
 
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context
@@ -75,12 +75,15 @@ class Guard:
         sending = Sending(life, send, always)
         try:
             with life.part("receive", life.start_s):
-                scope["state"]["body"] = await self.body(headers, receive) if reads else b""
+                scope["state"]["body"] = await self.body(headers, receive, scope["state"]["whole"]) if reads else b""
             if reads and not scope["state"]["whole"]:
                 scope["state"]["whole"] = True
                 self.door(scope, headers, life)
             life.opened_s = self.clock()
             await self.app(scope, receive, sending)
+        except ClientLeft:
+            life.failed("cancelled", "client_left")
+            life.status = 499
         except ApiError as error:  # after the start of an answer, its route tells it
             life.failed(error.outcome, error.code)
             await told(error)(scope, receive, sending)
@@ -108,8 +111,10 @@ class Guard:
         scope.setdefault("state", {})["life"] = life
         return life
 
-    async def body(self, headers: Headers, receive: Any) -> bytes:
-        """All of it, or an ApiError: too large, too slow, in a form that is not understood."""
+    async def body(self, headers: Headers, receive: Any, whole: bool) -> bytes:
+        """All of it, or an ApiError: too large, too slow, in a form that is not understood. whole: it has come, so who
+        is not there any more has left while he waited for his turn: ClientLeft.
+        """
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared[:20]) > self.max_body:
             raise self.too_large()
@@ -121,6 +126,8 @@ class Guard:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
+                        if whole:
+                            raise ClientLeft
                         raise ApiError(400, "incomplete_body", "The connection ended before the body did.")
                     found += message.get("body", b"")
                     more = message.get("more_body", False)

@@ -9,6 +9,7 @@ import time
 import pytest
 from service_kit import PATIENCE_S, chat_body, events_of, raw_request, read_all, read_until, served
 
+from service.connection import MOST_PIPELINED
 from service.errors import ApiError
 from service.life import Life
 from service.schemas import ChatRequest, validated
@@ -204,15 +205,48 @@ def test_b62_a_stream_that_nobody_ever_began_to_read_gives_its_place_back(checkp
         here.until(lambda: not here.admission.inside, "for the second one's place to be free")
 
 
-def test_b62_hundreds_of_refused_requests_in_one_piece_are_all_answered(checkpoint_folder):
+GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def test_b62_a_hundred_refused_requests_in_one_piece_are_all_answered_and_of_thousands_no_more(checkpoint_folder):
+    """Each that waits for those before it takes memory, and a piece of the network's may hold ten thousand."""
     with served(checkpoint_folder, api_key="k") as here, here.open() as connection:
-        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
-        found = b""
-        while found.count(b"HTTP/1.1 401") < 1000:
-            piece = connection.recv(1 << 20)
-            assert piece, found.count(b"HTTP/1.1 401")
-            found += piece
-        here.until(lambda: here.outcomes().get("client_error") == 1000)
+        connection.sendall(GET * (1 + MOST_PIPELINED))
+        answers = b""
+        while answers.count(b"HTTP/1.1 401") < 1 + MOST_PIPELINED:
+            answers += read_until(connection, b"}}")
+        assert b"connection: close" not in answers.lower()
+        connection.sendall(GET * 5000)
+        last = read_all(connection)
+        assert last.count(b"HTTP/1.1 401") == last.count(b'"invalid_api_key"') == 1 + MOST_PIPELINED
+        assert last.lower().count(b"connection: close") == 1, "the last one says that no more are taken"
+        here.until(lambda: here.outcomes().get("client_error") == 2 * (1 + MOST_PIPELINED))
+
+
+def test_b17_of_those_that_wait_behind_an_answer_a_hundred_are_kept(checkpoint_folder):
+    with served(checkpoint_folder) as here, here.open() as connection:
+        here.runner.hold()
+        connection.sendall(raw_request(CHAT, chat_body()) + GET * 5000)
+        mine = here.until(lambda: [one for one in list(here.server.server_state.connections) if one.deaf])[0]
+        here.until(lambda: here.jobs)
+        assert len(mine.pipeline) == MOST_PIPELINED
+        here.runner.go()
+        answers = read_all(connection)
+    assert answers.count(b"HTTP/1.1 200") == 1 + MOST_PIPELINED
+    assert answers.endswith(b"]}") and answers.lower().count(b"connection: close") == 1
+
+
+def test_b64_who_does_not_read_refusals_either_is_told_no_more_of_them(checkpoint_folder):
+    with served(checkpoint_folder, api_key="k") as here, slow_reader(here) as connection:
+        transport, most = other_end(here, connection), 0
+        for _ in range(60):
+            connection.sendall(GET * 10)
+            time.sleep(0.005)
+            most = max(most, transport.get_write_buffer_size())
+        here.until(lambda: sum(here.outcomes().values()) == here.received)
+        assert 32 << 10 < most < 160 << 10, "601 answers would be twice as much"
+        answers = read_all(connection)
+        assert 100 < answers.count(b"HTTP/1.1 401") < 601 and answers.lower().count(b"connection: close") == 1
 
 
 def test_b63_half_a_connection_is_none(checkpoint_folder):
@@ -280,6 +314,25 @@ def test_b64_an_answer_that_is_read_late_but_in_time_does_not_end_the_connection
             assert b" 200 " in read_until(connection, b'"usage"')
             if answers == 1:
                 connection.sendall(raw_request(CHAT, chat_body("again", **TWICE)))
+
+
+def test_b65_a_long_answer_on_a_slow_line_may_take_longer_as_long_as_it_gets_on(checkpoint_folder):
+    with served(checkpoint_folder, max_running=8, send_timeout=1.0) as here:
+        begin, raw = time.monotonic(), b""
+        with slow_reader(here, **BIG | {"stream": False}) as connection:
+            while not raw.endswith(b"}"):
+                for _ in range(30):
+                    raw += connection.recv(2048)
+                time.sleep(0.1)
+        assert b'"usage"' in raw[-1000:] and time.monotonic() - begin > 1.5
+
+
+def test_b64_an_answer_that_is_only_to_be_read_keeps_nobody_out(checkpoint_folder):
+    with served(checkpoint_folder, max_running=6, max_queued=2) as here, slow_reader(here, **BIG):
+        here.until(lambda: here.jobs)
+        here.until(lambda: here.admission.answers == here.admission.tokens == 0, "for the engine to have done its part")
+        assert len(here.house.serving.jobs) == 1
+        assert here.chat(n=8, max_tokens=8).status == 200, "all places are there"
 
 
 def test_b65_byte_by_byte_the_whole_stream_arrives_and_the_slot_is_free_long_before(checkpoint_folder):

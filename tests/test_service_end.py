@@ -45,7 +45,7 @@ def running_stream(process: Process) -> socket.socket:
 def test_who_opens_the_door_to_all_without_a_key_is_warned_and_served(doomed):
     assert "0.0.0.0 is open to others" in doomed["interrupted"].stderr
     assert "is open to others" not in doomed["patient"].stderr
-    assert pasted(doomed["interrupted"])["role"] == "assistant"
+    assert pasted(doomed["interrupted"])["message"]["role"] == "assistant"
 
 
 def test_b72_b73_a_log_that_cannot_be_written_is_counted_and_sigterm_ends_an_idle_one(doomed):

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import itertools
 import json
+import time
 from dataclasses import replace
 
 import orjson
@@ -16,6 +17,7 @@ from config import UserError
 from engine.answer import Answer
 from engine.request import Choice, Request, Sampling, Status, Timeline
 from service.errors import ApiError
+from service.guard import Guard
 from service.keys import NOBODY, Keys, digest
 from service.life import Life, server_timing
 from service.protocol import Reply, usage
@@ -69,8 +71,10 @@ def test_any_bytes_are_an_object_or_a_400(raw: bytes):
 # ---- keys.py
 
 
-def test_the_time_tells_nothing_of_a_key(monkeypatch):
-    """Whatever is sent, and wherever in the list the right key stands: every kept one is compared, in constant time."""
+def test_b20_the_time_tells_nothing_of_a_key(monkeypatch):
+    """Not measured: a socket's noise hides more than a comparison takes. Whatever is sent, and wherever in the list the
+    right key stands: every kept one is compared, in constant time.
+    """
     keys, compared = Keys(["one", "two", "three"]), []
     compare = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or compare(a, b))
@@ -310,3 +314,28 @@ def test_an_error_is_an_event_only_when_one_was_sent_before_it(before: int):
             asyncio.run(answer)
         assert sent == [] and life.outcome == "ok", "it is the routes' business"
     assert log == ["ended"]
+
+
+# ---- guard.py
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_b60_who_leaves_while_he_waits_for_his_turn_has_left_and_made_no_mistake(whole: bool):
+    ended, sent = [], []
+    guard = Guard(
+        None, clock=time.perf_counter, door=lambda *_: None, begun=lambda *_: None, ended=ended.append,
+        refused=ended.append, max_body=100, body_timeout=1.0, cors_origin=None, kept=lambda: True,
+    )  # fmt: skip
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "state": {"whole": whole}}
+    guard.born(scope, {})
+
+    async def receive() -> dict:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    found = [(life.outcome, life.status, life.error_code) for life in ended]
+    assert found == [("cancelled", 499, "client_left") if whole else ("client_error", 400, "incomplete_body")]
+    assert bool(sent) is not whole
