@@ -18,6 +18,7 @@ TINY_S = (
     0.05  # a wait below this one counts as this when its foretelling is graded: nobody cares for a share of nothing
 )
 LATER_S, AT_ONE_GO = 0.05, 20  # the books of a flood: closed when it has been answered, and not all in one breath
+MOST_LEFT = 1000  # of them; from then on each refusal pays for one
 
 
 class Books:
@@ -35,15 +36,19 @@ class Books:
         """Of a refusal: its books take as long as its answer, and behind it in a flood others wait for theirs."""
         life.ended_s = life.clock()
         self.refused.append(life)
-        if len(self.refused) == 1:
+        if len(self.refused) > MOST_LEFT:
+            self.close(self.refused.popleft())
+        elif len(self.refused) == 1:
             asyncio.get_running_loop().call_later(LATER_S, self.settle, AT_ONE_GO)
 
     def settle(self, most: int | None = None) -> None:
         """Close what close_later() left; when that is more than `most`, the rest behind whatever else is to be done."""
-        for _ in range(min(most or len(self.refused), len(self.refused))):
-            self.close(self.refused.popleft())
-        if self.refused:
-            asyncio.get_running_loop().call_soon(self.settle, most)
+        try:
+            for _ in range(min(most or len(self.refused), len(self.refused))):
+                self.close(self.refused.popleft())
+        finally:
+            if self.refused:
+                asyncio.get_running_loop().call_soon(self.settle, most)
 
     def close(self, life: Life) -> None:
         parts = life.split()
@@ -51,11 +56,12 @@ class Books:
         facts = self.facts(life, parts)
         if life.endpoint in COMPLETIONS:
             self.measure(life, parts)
-            self.lives.add(life.id, facts | {"timelines": [Times(one, life.start_s) for one in life.requests]})
+            if "key" in life.facts:  # else a stranger's, whom nobody could show it to
+                self.lives.add(life.id, facts | {"timelines": [Times(one, life.start_s) for one in life.requests]})
         if self.traces is not None:
             self.traces.end(life, parts)
         if life.endpoint not in PROBES or life.status != 200:
-            self.log.write("request", **facts)
+            self.log.write("request", **facts, **self.text(life))
 
     def measure(self, life: Life, parts: dict[str, float]) -> None:
         m = self.metrics
@@ -97,7 +103,7 @@ class Books:
         return {"requests": len(known), "p50": p50, "p90": p90}
 
     def facts(self, life: Life, parts: dict[str, float]) -> dict[str, Any]:
-        """What the log says of it. No text of anybody's, unless the operator asked for it."""
+        """What is known of it, without anybody's text."""
         known = {name: value for name, value in life.facts.items() if name != "key"}
         known |= {"request_id": life.id, "key_hash8": life.facts.get("key", "")[:8], "status": life.status,
                   "outcome": life.outcome, "error_code": life.error_code}  # fmt: skip
@@ -114,12 +120,16 @@ class Books:
                 "real_wait": None if (wait_s := real_wait_s(life)) is None else round(wait_s, 4),
                 "batch_max": max((size for one in life.requests for *_, size in one.timeline.slices), default=0),
             }
-            if self.decode is not None:
-                known |= {
-                    "prompt": self.decode(first.prompt),
-                    "answers": [self.decode(one.answer) for one in life.requests],
-                }
         return {name: value for name, value in known.items() if value not in (None, "")}
+
+    def text(self, life: Life) -> dict[str, Any]:
+        """Prompt and answers where the operator asked for them: for the log alone, which only he can read."""
+        if self.decode is None or not life.requests:
+            return {}
+        return {
+            "prompt": self.decode(life.requests[0].prompt),
+            "answers": [self.decode(one.answer) for one in life.requests],
+        }
 
 
 def real_wait_s(life: Life) -> float | None:

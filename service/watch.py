@@ -7,6 +7,7 @@ it (Little, Operations Research 9(3), 1961); the two sides are counted in differ
 
 import asyncio
 import contextlib
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -20,6 +21,7 @@ from service.memory import MemoryGuard, Pressure
 from service.observe import Metrics
 from service.serving import Serving
 
+LOG = logging.getLogger(__name__)
 LOOK_S = 0.1  # how often the event loop is looked at
 LAWS_S = 5.0  # how often the books are compared
 LITTLE_S = 60.0  # over how much time
@@ -50,6 +52,7 @@ class Watch:
         self.checked_s = self.bridge.clock()
         self.step_end_s: float | None = None  # of the last step, unless there was nothing to do since
         self.windows: deque[tuple[float, float, float]] = deque()  # (clock, area, residence)
+        self.agreed = True  # Little's two sides, at the last look
         self.counted: dict[Any, float] = {}
         self.bridge.watch = self.on_step
 
@@ -100,17 +103,18 @@ class Watch:
             await asyncio.gather(looking, return_exceptions=True)
 
     async def look(self) -> None:
-        loop, next_laws_s, agreed = asyncio.get_running_loop(), 0.0, True
+        loop, next_laws_s = asyncio.get_running_loop(), 0.0
         while True:
             due_s = loop.time() + LOOK_S
             await asyncio.sleep(LOOK_S)
             self.metrics.loop_lag.observe(max(loop.time() - due_s, 0.0))
             if loop.time() >= next_laws_s:
                 next_laws_s = loop.time() + 1.0
-                self.guard_memory()
-                self.serving.feel()
-                agreed, before = self.little_agrees(), agreed
-                self.laws["little"] = agreed or before  # one look may find somebody who has left one book only
+                for look in (self.guard_memory, self.serving.feel, self.check_little):
+                    try:
+                        look()
+                    except Exception:  # too many open files, say: it passes, and a door that was shut must open again
+                        LOG.exception("the service could not look after itself (%s)", look.__name__)
 
     def guard_memory(self) -> None:
         admission, short = self.serving.admission, self.memory.look() is Pressure.SHORT
@@ -120,6 +124,11 @@ class Watch:
             admission.closed = None
         if self.memory.tight:
             self.connections.send_idle_away()
+
+    def check_little(self) -> None:
+        """One look may find somebody who has left one book only."""
+        before, self.agreed = self.agreed, self.little_agrees()
+        self.laws["little"] = self.agreed or before
 
     def little_agrees(self) -> bool:
         """Over the last minute. Says nothing while too little has happened."""

@@ -1,5 +1,6 @@
 """The service looks at itself: laws that its books must obey, waste, lateness, what it remembers; and every scrape."""
 
+import asyncio
 import contextlib
 import http.client
 import threading
@@ -10,6 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from service_kit import Served, served
 from step_kit import figure, one_step, running, settled
 
+from service.books import MOST_LEFT
+from service.life import Life
 from service.observe import LIVES_KEPT
 
 pytestmark = pytest.mark.slow
@@ -134,6 +137,58 @@ def test_the_last_500_requests_are_remembered(here):
     assert (oldest["status"], oldest["outcome"], oldest["timelines"]) == (400, "client_error", [])
     assert len(here.house.books.lives.kept) == LIVES_KEPT
     assert [one["id"] for one in here.ask("/debug/requests").json["requests"]][:2] == ["r502", "r501"]
+
+
+def test_strangers_push_nobody_out_of_what_is_remembered(checkpoint_folder):
+    with served(checkpoint_folder, api_key="k") as here:
+        assert [here.chat(f"{i}").status for i in range(3)] == [401] * 3
+        settled(here)
+        assert len(here.house.books.lives.kept) == 1, "the probe"
+
+
+def test_in_a_flood_no_more_than_a_thousand_refusals_wait_for_their_books(here):
+    """Each keeps some memory, and a scrape closes them all at once, while everybody waits."""
+    books = here.house.books
+
+    async def flood() -> int:
+        for i in range(3 * MOST_LEFT):
+            life = Life(time.perf_counter, f"req-flood-{i}", time.perf_counter())
+            life.failed("shed_queue", "server_overloaded")
+            life.endpoint, life.status = "other", 503
+            books.close_later(life)
+        return len(books.refused)
+
+    here.received += 3 * MOST_LEFT
+    assert asyncio.run_coroutine_threadsafe(flood(), here.server.loop).result(20) == MOST_LEFT
+    here.until(lambda: here.outcomes().get("shed_queue") == 3 * MOST_LEFT)
+
+
+def test_prompts_and_answers_are_logged_where_that_is_wanted_and_shown_to_nobody(checkpoint_folder):
+    with served(checkpoint_folder, log_prompts=True) as here:
+        reply = here.chat("a secret")
+        line = settled(here)[-1]
+        assert "a secret" in line["prompt"] and line["answers"] == [reply.json["choices"][0]["message"]["content"]]
+        life = here.ask(f"/debug/requests/{reply.headers['x-request-id']}").json
+        assert life["prompt_tokens"] > 0 and not life.keys() & {"prompt", "answers"}
+
+
+def test_a_look_that_fails_is_not_the_last_one(checkpoint_folder, caplog):
+    """A door that was shut for lack of memory must open again, even if the files run out for a moment."""
+    used: list = [0.5]
+
+    def share() -> float:
+        if isinstance(used[0], Exception):
+            raise used[0]
+        return used[0]
+
+    with served(checkpoint_folder, memory_used=share) as here:
+        used[0] = 0.96
+        here.until(lambda: here.admission.closed == "memory")
+        used[0] = OSError(24, "Too many open files")
+        here.until(lambda: "could not look after itself (guard_memory)" in caplog.text)
+        used[0] = 0.5
+        here.until(lambda: here.admission.closed is None)
+        assert here.chat().status == 200
 
 
 def test_b74_metrics_are_scraped_through_all_of_it_and_never_fall(checkpoint_folder):
