@@ -71,13 +71,14 @@ class Detours:
         found = self.relief.results.find(errand.kept_as, stale=True) if errand.kept_as and errand.wishes.read else None
         if found is None:
             return None
-        self.degraded(errand, Rung.CACHED, "cached")
-        return self.from_kept(errand, found)
+        return self.from_kept(errand, found, stale=True)
 
-    def from_kept(self, errand: Errand, kept: Kept) -> Response:
+    def from_kept(self, errand: Errand, kept: Kept, stale: bool = False) -> Response:
         life, reply = errand.life, errand.reply
         with life.part("cache"):
             self.serving.limits.draw(errand.key, kept.prompt_tokens + kept.completion_tokens)
+            if stale:
+                self.degraded(errand, Rung.CACHED, "cached")
             self.serving.step_aside(life)
             life.facts |= {"cache": "hit", "prompt_tokens": kept.prompt_tokens, "cached_tokens": kept.prompt_tokens,
                            "completion_tokens": kept.completion_tokens}  # fmt: skip
@@ -136,9 +137,13 @@ class Detours:
             serving.limits.give_back(errand.key, "requests", 1)
             return None
         call.closed = lambda: self.settle(errand, call, drawn)
-        self.degraded(errand, Rung.MODEL, f"model={fallback.model}")
-        errand.headers = serving.limits.headers(errand.key) | errand.headers
-        return self.answer_of(errand, call, fallback)
+        try:
+            self.degraded(errand, Rung.MODEL, f"model={fallback.model}")
+            errand.headers = serving.limits.headers(errand.key) | errand.headers
+            return self.answer_of(errand, call, fallback)
+        except BaseException:
+            call.close()
+            raise
 
     def answer_of(self, errand: Errand, call: Call, fallback: Fallback) -> Response:
         reply = errand.reply

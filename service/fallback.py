@@ -105,6 +105,7 @@ class Call:
         try:
             await self.incoming.ask(self.fallback.place(self.chat, left_s), body, left_s)
         except Unusable as why:
+            self.left_s()  # the client's time, and no fault of the other server
             raise self.failed(why) from why
         if self.stream:
             self.first = await self.next_event()
@@ -171,6 +172,7 @@ class Call:
                     usage["completion_tokens"]
                 )  # fmt: skip
             choices = [cleaned(one, self.chat, self.stream) for one in data.get("choices") or ()]
+            orjson.dumps(choices)  # half a surrogate, or a number that is too long, could not be passed on
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self.failed(f"malformed: {error!r}") from error
         self.completion_tokens += len(choices) if self.prompt_tokens is None else 0

@@ -76,12 +76,14 @@ class ServeConfig(EngineConfig):
         super().__post_init__()
         if (self.fallback_url is None) != (self.fallback_model is None):
             raise UserError("--fallback-url and --fallback-model belong together: give both, or none.")
-        parts = urlsplit(self.fallback_url or "http://none")
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+        if not is_plain(self.fallback_url or "http://none"):
             raise UserError(
                 "--fallback-url must be like http://host:8000/v1, without a user, a key or a query: a key belongs in "
                 f"{self.env_prefix}FALLBACK_KEY."
             )
+        named = self.fallback_model or ""
+        if not (named.isascii() and named.isprintable()):
+            raise UserError("--fallback-model is told in a header, which takes printable ASCII: give another name.")
 
     @property
     def queued(self) -> int:
@@ -131,3 +133,15 @@ class ServeConfig(EngineConfig):
         """All of it, for /config, with secrets left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return values | {name: "set" if values[name] else None for name in SECRET}
+
+
+def is_plain(address: str) -> bool:
+    """http or https, a host, perhaps a port and a path."""
+    try:
+        parts = urlsplit(address)
+        port_fits = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port_fits and not (
+        "@" in parts.netloc or parts.query
+    )  # fmt: skip

@@ -5,6 +5,7 @@ asked. B74 of the fault matrix: open circuits, probes, and a fallback that fails
 import contextlib
 import json
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -422,6 +423,8 @@ def test_over_tls_it_must_be_who_it_says_it_is(checkpoint_folder, other, tmp_pat
         (b'{"choices": 5, "usage": {}}', 200, True),
         (b'{"choices": [{"message": "x"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}', 200, True),
         (answer(usage=None), 200, True),
+        (answer(choices=[{"message": {"content": "\ud83d"}, "finish_reason": "stop"}]), 200, True),
+        (answer(choices=[{"index": 2**70, "message": {"content": "x"}, "finish_reason": "stop"}]), 200, True),
         (answer(usage={"prompt_tokens": -1, "completion_tokens": "1"}), 200, True),
         (b"[" * 100_000, 200, True),
         (answer(), 302, True),
@@ -491,9 +494,31 @@ def test_a_single_request_in_an_idle_house_is_not_capped(checkpoint_folder):
 def test_a_fallback_needs_a_model_and_an_address_without_secrets():
     with pytest.raises(UserError, match="belong together"):
         ServeConfig(fallback_url="http://host/v1")
-    for url in ("host:8000", "ftp://host/v1", "http://user:word@host/v1", "http://host/v1?key=x", "http:///v1"):
+    for url in ("host:8000", "ftp://host/v1", "http://user:word@host/v1", "http://host/v1?key=x", "http:///v1",
+                "http://host:99999/v1", "http://host:x/v1", "http://[host/v1"):  # fmt: skip
         with pytest.raises(UserError, match="FALLBACK_KEY"):
             ServeConfig(fallback_url=url, fallback_model="small")
+    for name in ("模型", "two\nlines"):
+        with pytest.raises(UserError, match="printable ASCII"):
+            ServeConfig(fallback_url="http://host/v1", fallback_model=name)
+
+
+def test_an_answer_that_cannot_be_told_after_all_ends_its_call(checkpoint_folder, golden):
+    with behind(checkpoint_folder, golden.url) as here:
+        open_circuit(here)
+        here.house.serving.relief.fallback.model = "模型"  # fits into no header
+        assert here.chat(stream=True).status == 500
+        assert not here.house.serving.relief.fallback.calls and here.errors.pop()
+
+
+def test_a_client_with_too_little_time_is_no_fault_of_the_other_server(checkpoint_folder):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        with behind(checkpoint_folder, url, fallback_timeout=5.0) as here:
+            open_circuit(here)
+            reply = here.chat(headers={"X-Request-Deadline-Ms": "300"})
+            assert (reply.status, reply.error["code"]) == (504, "deadline_exceeded")
+            assert not here.house.serving.relief.fallback.breaker.good, "neither well nor badly"
 
 
 @pytest.mark.parametrize("wish, state", [("off", State.DISABLED), ("open", State.FORCED_OPEN)])
