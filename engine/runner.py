@@ -31,8 +31,9 @@ class TorchRunner:
     def run(self, slices: Sequence[Slice]) -> list[Choice | Exception | None]:
         with out_of_memory_named():
             logits = self.network.forward(layout(slices))
+            likeliest = self.network.likeliest(logits)
         caught_up = [part.request for part in slices if part.last]
-        chosen = iter(self.sampler.choose(logits, caught_up, self.network.likeliest(logits)))
+        chosen = iter(self.sampler.choose(logits, caught_up, likeliest))
         return [next(chosen) if part.last else None for part in slices]
 
     def forget(self, request: Request) -> None:

@@ -66,7 +66,9 @@ class Progress(Protocol):
 
 @dataclass(eq=False)
 class Ticket:
-    """A place in the house. new_tokens: of each answer, at the most. predicted_s: the wait foreseen when it came in."""
+    """A place in the house. new_tokens: of each answer, at the most. predicted_s: the wait foreseen when it came in.
+    done: the engine's part is, and a reader who takes his time keeps nobody out.
+    """
 
     answers: int
     prompt_tokens: int
@@ -74,6 +76,7 @@ class Ticket:
     key: str = ""
     predicted_s: float = 0.0
     progress: Progress | None = None
+    done: bool = False
 
     @property
     def tokens(self) -> int:
@@ -127,11 +130,11 @@ class Admission:
 
     @property
     def answers(self) -> int:
-        return sum(ticket.answers for ticket in self.inside)
+        return sum(ticket.answers for ticket in self.inside if not ticket.done)
 
     @property
     def tokens(self) -> int:
-        return sum(ticket.tokens for ticket in self.inside)
+        return sum(ticket.tokens for ticket in self.inside if not ticket.done)
 
     def enter(
         self,
@@ -212,7 +215,7 @@ class Admission:
 
     def too_many_tokens(self, ticket: Ticket, instead_of: Ticket | None = None) -> bool:
         """Whether the others leave too little for it. Alone it may be larger than all that there is."""
-        others = sum(one.tokens for one in self.inside if one is not instead_of)
+        others = sum(one.tokens for one in self.inside if one is not instead_of and not one.done)
         return others > 0 and others + ticket.tokens > self.limits.tokens * self.share(ticket.key)
 
     def correct(self, ticket: Ticket, prompt_tokens: int, new_tokens: int) -> None:
@@ -222,6 +225,10 @@ class Admission:
             raise self.full("tokens", ticket.predicted_s, None)
         ticket.prompt_tokens, ticket.new_tokens = prompt_tokens, new_tokens
         self.crowd_seen = None
+
+    def is_done(self, ticket: Ticket) -> None:
+        """The engine has nothing more to do for it."""
+        ticket.done, self.crowd_seen = True, None
 
     def leave(self, ticket: Ticket) -> None:
         """However it ended. Leaving twice is nothing."""

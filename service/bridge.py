@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.answer import Answer
@@ -28,7 +28,8 @@ IDLE_S = 1.0  # an idle engine looks around that often: whether it is to end
 
 @dataclass(eq=False)
 class Stream:
-    """The answers to one prompt, on their way to the event loop. changed: set when there is something new, or an end.
+    """The answers to one prompt, on their way to the event loop. changed: set when there is something new, or an end;
+    when_done: called at the end.
 
     why: the reason for giving it up, for the ledger of waste. fingerprint: of its input, where that is of interest.
     """
@@ -37,6 +38,7 @@ class Stream:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     why: str = "disconnect"
     fingerprint: bytes = b""
+    when_done: Callable[[], object] = lambda: None
 
     @property
     def done(self) -> bool:
@@ -74,6 +76,14 @@ def seat_of(request: Request) -> Seat:
         max(known - request.computed, 1), known - prompt, request.sampling.max_new_tokens, known,
         request.status is Status.RUNNING,
     )  # fmt: skip
+
+
+def hear(news: Iterable[Stream]) -> None:
+    """In the event loop: of these streams there is something new."""
+    for stream in news:
+        stream.changed.set()
+        if stream.done:
+            stream.when_done()
 
 
 class Area:
@@ -190,7 +200,7 @@ class Bridge:
 
     def stalled_s(self) -> float:
         """For how long the present step has been computed; 0 while nothing is to be done."""
-        return self.clock() - self.progress_s if self.working else 0.0
+        return self.step_age_s() or 0.0
 
     def step_age_s(self) -> float | None:
         """The same; None while nothing is computed."""
@@ -202,7 +212,8 @@ class Bridge:
 
     def count(self, name: str) -> int:
         """One of the engine's counts, of all engines so far."""
-        return self.past[name] + self.engine.counts[name]
+        with self.swap:  # in the middle of a replacement the old engine's would count twice
+            return self.past[name] + self.engine.counts[name]
 
     # ---- in the engine's thread
 
@@ -231,7 +242,7 @@ class Bridge:
             busy = self.engine.step()
         except Exception as error:  # not in the forward pass, whose requests are told: in the engine itself
             self.fail_running(error)
-            self.blame(well=0)
+            self.blame(well=0, apart=False)
             self.tell()
             self.replace_engine()
             self.pause_s = min(max(2 * self.pause_s, SOONEST_S), LATEST_S)
@@ -251,14 +262,16 @@ class Bridge:
         self.failed.clear()
         return busy
 
-    def blame(self, well: int) -> None:
-        """Those whose inputs were in passes that failed. well: how many others of the same step did not fail."""
+    def blame(self, well: int, apart: bool = True) -> None:
+        """Those whose inputs were in passes that failed. well: how many others of the same step did not fail. apart:
+        whether suspects had passes of their own.
+        """
         if not self.quarantine.on:
             return
         if well:
             self.quarantine.went_well()
         with self.swap:
-            for found in self.quarantine.blame(list(self.failed.values())):
+            for found in self.quarantine.blame(list(self.failed.values()), apart):
                 LOG.error("input %s failed the engine again: it is quarantined", shown(found))
             for answer, stream in self.unfinished.items():
                 self.set_apart([answer], self.quarantine.suspected(stream.fingerprint))
@@ -274,7 +287,7 @@ class Bridge:
             return
         news, self.news = self.news, set()
         try:
-            self.loop.call_soon_threadsafe(lambda: [stream.changed.set() for stream in news])
+            self.loop.call_soon_threadsafe(hear, news)
         except RuntimeError:  # the loop has ended: nobody is there to be told
             self.ending = True
 
@@ -286,6 +299,7 @@ class Bridge:
 
     def fail_running(self, error: Exception) -> None:
         engine, why = self.engine, StepFailed(f"the engine failed ({type(error).__name__}: {error})")
+        why.__cause__ = error  # close_books() asks whether it was a lack of memory
         for request in list(engine.scheduler.running):
             request.error = why
             engine.finish(engine.answers[request], "error", engine.clock())

@@ -18,7 +18,7 @@ from engine.request import Sampling
 from service.errors import ApiError
 
 MOST = 1000  # inputs that are remembered
-STRIKES, SHARED_STRIKES = 2, 3  # failures until it is refused; and where another suspect was in each of them too
+STRIKES, SHARED_STRIKES = 2, 3  # failures until it is refused; and where it may have been somebody else each time
 MINUTE_S = 60.0
 
 
@@ -84,28 +84,32 @@ class Quarantine:
         """A step, for somebody: what fails next fails on a working engine."""
         self.common = None
 
-    def blame(self, passes: Sequence[Collection[bytes]]) -> list[bytes]:
-        """The inputs in each pass that failed in one step; those of them that are refused from now on."""
+    def blame(self, passes: Sequence[Collection[bytes]], apart: bool = True) -> list[bytes]:
+        """The inputs in each pass that failed in one step; those of them that are refused from now on. apart: whether
+        suspects had passes of their own; where the engine failed around all of them, it may have been anybody.
+        """
         with self.lock:
             refused, seen = [], set()
             for prints in passes:
                 self.common = set(prints) if self.common is None else self.common & set(prints)
             for prints in passes:
-                refused += self.struck(set(prints) - seen)  # in one step nobody fails twice
+                refused += self.struck(set(prints) - seen, apart)  # in one step nobody fails twice
                 seen |= set(prints)
             return refused
 
-    def struck(self, prints: set[bytes]) -> list[bytes]:
+    def struck(self, prints: set[bytes], apart: bool) -> list[bytes]:
         """Where suspects are among them, it was one of those; else all are suspects now."""
         now_s = self.clock()
         known = {print for print in prints if self.known(print)}
+        blamed = (apart and known) or prints
+        strikes = STRIKES if len(blamed) == len(known) == 1 else SHARED_STRIKES
         refused = []
-        for print in sorted(known or prints):
+        for print in sorted(blamed):
             suspect = self.suspects.setdefault(print, Suspect())
             suspect.strikes += 1
             suspect.known_until_s = now_s + self.for_s
             self.suspects.move_to_end(print)
-            if print in self.common and suspect.strikes >= (STRIKES if len(known) == 1 else SHARED_STRIKES):
+            if print in self.common and suspect.strikes >= strikes:
                 suspect.strikes = STRIKES - 1  # let in again, it has one failure left
                 suspect.refused_until_s = now_s + self.for_s
                 suspect.known_until_s = now_s + 2 * self.for_s

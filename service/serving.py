@@ -133,7 +133,7 @@ class Serving:
             ticket = self.admission.enter(
                 answers=n, prompt_tokens=estimate, new_tokens=new, deadline_s=left_s, key=key, retry=retry
             )
-        except ApiError:
+        except BaseException:
             if permit is not None:
                 permit.give_back()
             self.limits.give_back(key, "requests", 1)
@@ -177,14 +177,15 @@ class Serving:
         except ApiError:
             self.limits.give_back(job.key, "requests", 1)
             raise
-        job.prompt_tokens = len(ids)
         try:
             sampling = asked.sampling(new)
             print = self.fingerprint(job, ids, sampling)
             job.stream = self.bridge.submit(ids, sampling, asked.n or 1, self.salt(job), print)
         except Refusal as why:
             raise invalid(str(why), self.blamed(asked, str(why))) from why
+        job.prompt_tokens = len(ids)  # from here on it pays for them
         job.ticket.progress = job.stream
+        job.stream.when_done = lambda: self.admission.is_done(job.ticket)
         job.life.requests = [answer.request for answer in job.answers]
 
     def fingerprint(self, job: Job, ids: list[int], sampling: Sampling) -> bytes:

@@ -6,15 +6,17 @@ import functools
 import inspect
 import random
 import threading
+import time
 
 import pytest
-from service_kit import Runner, next_letter
+from service_kit import Later, Runner, next_letter
 
 from engine.engine import Engine
 from engine.kv_blocks import Blocks
 from engine.request import Sampling, StepFailed
 from engine.scheduler import Scheduler
 from service.bridge import Area, Bridge, Stream
+from service.quarantine import Quarantine
 
 PATIENCE_S = 20.0
 
@@ -191,6 +193,37 @@ async def test_a_failure_in_the_engine_itself_fails_who_ran_and_spares_who_waits
         for i, stream in enumerate(streams[2:], 2):
             assert tokens_of(stream) == alone([i, i + 1, i + 2], 6)
         assert bridge.restarts == 1 and set(bridge.wasted) <= {"engine_error"}
+
+
+@in_a_loop
+async def test_a_lack_of_memory_in_the_engine_itself_is_no_fault_of_an_input():
+    runner = Runner()
+    async with bridged(runner) as bridge:
+        bridge.quarantine = Quarantine(10, time.monotonic)
+        for _ in range(2):
+            runner.hold()
+            runner.in_step.clear()
+            stream, engine = bridge.submit([1, 2, 3], Sampling(max_new_tokens=6), fingerprint=b"same"), bridge.engine
+            await until(lambda: runner.in_step.is_set())
+
+            def broken(*_):
+                raise MemoryError
+
+            engine.scheduler.plan = broken
+            runner.go()
+            await ended(stream)
+            assert reasons(stream) == ["error"]
+            await until(lambda engine=engine: bridge.engine is not engine)
+        assert bridge.quarantine.suspects == {} and bridge.restarts == 2
+
+
+def test_a_count_is_not_read_in_the_middle_of_a_replacement():
+    bridge = Bridge(lambda: engine_of(Runner()))
+    with bridge.swap:
+        reading = Later(lambda: bridge.count("computed"))
+        time.sleep(0.05)
+        assert not reading.done, "the old engine's would count twice"
+    assert reading.result() == 0
 
 
 # ---- cancelling

@@ -83,6 +83,21 @@ def test_two_suspects_that_always_fail_together_are_refused_at_the_third_time(bo
     assert books.blame([{A, B}]) == [A, B]
 
 
+def test_where_the_engine_fails_around_all_that_run_it_takes_three_times_and_hits_all(books):
+    """A suspect was not computed apart then: it may as well have been anybody else."""
+    books.blame([{A}])
+    books.went_well()
+    assert books.blame([{A, B}], apart=False) == [] and books.suspected(B)
+    assert books.blame([{A, B}], apart=False) == [A]
+    assert books.blame([{A, B}], apart=False) == [A, B]
+    assert books.blame([{C}], apart=False) == [] and books.suspected(C)
+
+
+def test_who_is_alone_when_the_engine_fails_around_him_has_no_such_excuse(books):
+    assert books.blame([{A}], apart=False) == []
+    assert books.blame([{A}], apart=False) == [A]
+
+
 def test_where_everybody_fails_in_turn_the_engine_is_to_blame_and_nobody_is_refused(books):
     for one in (A, B, A, B, C, A):
         assert books.blame([{one}]) == []
