@@ -39,6 +39,12 @@ def until(condition: Callable[[], bool], what: str, patience_s: float = START_S)
         time.sleep(POLL_S)
 
 
+def last_words(log: Path) -> str:
+    """The end of a log, which itself may lie in a folder that ends with the run."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return lines[-1] if lines else "none"
+
+
 @dataclass(eq=False)
 class Replica:
     """One serve.py, always at the same port. log: where what it says on stderr goes."""
@@ -54,14 +60,18 @@ class Replica:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        """In a session of its own: a terminal's Ctrl-C is for who measures, who then ends it."""
         command = [sys.executable, "serve.py", "--port", str(self.port), *self.arguments]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+            )
 
     def ready(self) -> bool:
         """Whether it takes requests. UserError when it has ended instead."""
         if self.process is None or self.process.poll() is not None:
-            raise UserError(f"{self.name} did not start: {self.log} says why.")
+            status = self.process and self.process.returncode
+            raise UserError(f"{self.name} did not start (status {status}). Its last words: {last_words(self.log)}")
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health/ready", timeout=1) as answer:
             return answer.status == 200
         return False
@@ -98,7 +108,7 @@ class Balancer:
         bound = {"LB_BIND": f"127.0.0.1:{self.port}", "LB_STATS_BIND": f"127.0.0.1:{self.stats_port}"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [program, "-db", "-f", str(CONFIG)], stdout=log, stderr=log,
+                [program, "-db", "-f", str(CONFIG)], stdout=log, stderr=log, start_new_session=True,
                 env=os.environ | places | bound | self.environment,
             )  # fmt: skip
         until(self.answers, "HAProxy", 10.0)
