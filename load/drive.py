@@ -104,7 +104,7 @@ class Drive:
             await self.client.open(connections)
             self.found.start_s, cpu_s = time.perf_counter(), time.process_time()
             looking = asyncio.create_task(self.look(watched))
-            with self.told_by_ctrl_c():
+            with self.told_to_end():
                 ended = await asyncio.gather(*(self.spawn(part()) for part in parts), return_exceptions=True)
             looking.cancel()
             with suppress(asyncio.CancelledError):  # but not what went wrong in it
@@ -166,24 +166,33 @@ class Drive:
             task.cancel()
 
     @contextmanager
-    def told_by_ctrl_c(self):
-        """The first Ctrl-C ends the run and keeps it; a second one is Python's own."""
+    def told_to_end(self):
+        """The first Ctrl-C ends the run and keeps it; a second one is Python's own.
+
+        So it is with SIGTERM where the script takes it for Ctrl-C; elsewhere that ends the process.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        loop = asyncio.get_running_loop()
+        loop, numbers = asyncio.get_running_loop(), [signal.SIGINT]
+        if signal.getsignal(signal.SIGTERM) is signal.default_int_handler:
+            numbers.append(signal.SIGTERM)
+
+        def pythons_own() -> None:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.default_int_handler)
 
         def first() -> None:
-            loop.remove_signal_handler(signal.SIGINT)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            pythons_own()
             self.end("interrupted")
 
-        loop.add_signal_handler(signal.SIGINT, first)
+        for number in numbers:
+            loop.add_signal_handler(number, first)
         try:
             yield
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            pythons_own()
 
 
 def closed(client: Client, bodies: Iterable[Body], clients: int, seconds: float | None = None, **more) -> Ran:

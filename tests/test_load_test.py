@@ -360,7 +360,9 @@ def test_a_request_that_a_closing_server_may_have_read_is_counted_twice():
     assert [trace.attempts for trace in ran.traces] == [1, 2, 2, 2] and all(trace.complete for trace in ran.traces)
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_was_measured(tmp_path, number):
+    """SIGTERM lost the run under way, and of a single run everything."""
     with golden.serve(Script(first_s=0.05, gap_s=0.02)) as server:
         path = tmp_path / "out.jsonl"
         options = ("--json", str(path), "--concurrency", "2", "--requests", "5000", "--prompt-tokens", "8")
@@ -370,7 +372,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         end = time.monotonic() + 60
         while len(server.served) < 12 and time.monotonic() < end:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "PARTIAL" in out and "Traceback" not in err
     record = json.loads(path.read_text())
