@@ -117,13 +117,13 @@ class LoadConfig(Recorded):
 
 def main(argv: list[str] | None = None) -> int:
     config = LoadConfig.from_cli(__doc__, argv)
+    with contextlib.suppress(ValueError, OSError):  # every request in flight is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if config.selfcheck:
         return self_check()
     records.check_writable(config, "load_test")
     cells = cells_of(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, it keeps what it has, as after Ctrl-C
-    with contextlib.suppress(ValueError, OSError):  # every request in flight is an open file
-        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     with served(config) as url:
         return measured(config, url, cells)
 

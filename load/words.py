@@ -20,10 +20,14 @@ def sentences(record: dict[str, Any]) -> list[str]:
 def ceiling_sentence(most: dict[str, Any] | None) -> str:
     if most is None:
         return "What this client can do at most is not known here: run `python3 load_test.py --selfcheck` once."
-    return (
-        f"A run is this client's own limit above {most['requests_per_s']:,.0f} requests/s or "
-        f"{most['pieces_per_s']:,.0f} pieces/s: so much it reached against a server that only answers."
-    )
+    requests, pieces = f"{most['requests_per_s']:,.0f} requests/s", f"{most['pieces_per_s']:,.0f} pieces/s"
+    reached = "so much it reached against a server that only answers."
+    if most.get("at_least", True):  # one that was kept before this was asked had reached all that was sent
+        return (
+            f"A run is this client's own limit above {requests}: {reached} It takes at least {pieces}, too: no more "
+            "were sent."
+        )
+    return f"A run is this client's own limit above {requests} or {pieces}: {reached}"
 
 
 def against_first(runs: Sequence[dict[str, Any]]) -> list[str]:
