@@ -379,6 +379,16 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, number):
     assert record["partial"] and sum(one["ok"] for one in record["runs"][0]["requests"]) >= 6
 
 
+@pytest.mark.parametrize("meaning", [signal.SIG_DFL, signal.default_int_handler])
+def test_sigterm_means_after_a_run_what_it_meant_before(url, meaning):
+    before = signal.signal(signal.SIGTERM, meaning)
+    try:
+        drive.closed(Client(url + "/v1/completions"), [BODY] * 2, 1)
+        assert signal.getsignal(signal.SIGTERM) == meaning
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_ctrl_c_while_it_warms_up_ends_it():
     with golden.serve(Script(first_s=60.0)) as server:
         process = subprocess.Popen(command(server.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
