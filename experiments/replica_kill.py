@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import signal
 import tempfile
 import threading
 import time
@@ -29,7 +30,7 @@ from config import UserError
 from experiments.replicas import NAMES, START_S, Balancer, Replica, pair
 from lab import arrivals, availability, availability_plots, console, records
 from lab.card import machine_card
-from lab.client import Body, Client
+from lab.client import INTERRUPTED, Body, Client
 from lab.request_tables import card_table
 from load import drive, server
 from load.prompts import Prompts
@@ -71,9 +72,9 @@ class Chaos:
     def __init__(self, config: ReplicaKillConfig, balancer: Balancer, replicas: dict[str, Replica]) -> None:
         self.config, self.balancer, self.replicas = config, balancer, replicas
         self.start_s = 0.0
-        self.began, self.over = threading.Event(), threading.Event()
+        self.began, self.over, self.ended = threading.Event(), threading.Event(), threading.Event()
         self.kills: list[dict[str, Any]] = []
-        self.error: UserError | None = None
+        self.error: str | None = None  # why there are no more kills
         self.thread = threading.Thread(target=self.run, name="chaos", daemon=True)
 
     def begin(self, running: drive.Drive) -> None:
@@ -90,30 +91,43 @@ class Chaos:
         try:
             for i in range(self.config.kills):
                 self.one(i)
-        except UserError as error:
-            self.error = error
+        except Exception as error:  # a thread's end is heard by nobody, and what was measured until then counts
+            self.error = str(error) if isinstance(error, UserError) else repr(error)
+        finally:
+            self.ended.set()
 
     def one(self, i: int) -> None:
+        """The kill of one round, if its replica is back from the last one before that round is over."""
         period_s, name = self.config.period, NAMES[i % len(NAMES)]
-        replica = self.replicas[name]
         kill: dict[str, Any] = {
             "replica": name, "round_start": i * period_s, "round_end": (i + 1) * period_s, "killed": None, "down": None,
-            "started": None, "ready": None, "up": None, "sent_again": 0,
+            "started": None, "ready": None, "up": None, "sent_again": None,
         }  # fmt: skip
-        if self.over.wait(max((i + 0.5) * period_s - self.now_s(), 0)):
+        if self.over.wait(max((i + 0.5) * period_s - self.now_s(), 0)) or self.now_s() >= kill["round_end"]:
             return
         before = self.sent_again()
         kill["killed"] = self.now_s()
         self.kills.append(kill)
-        replica.kill()
+        self.replicas[name].kill()
+        try:
+            self.bring_back(name, kill)
+        finally:
+            after = self.sent_again()
+            kill["sent_again"] = None if before is None or after is None else after - before
+
+    def bring_back(self, name: str, kill: dict[str, Any]) -> None:
+        """UserError: it does not come."""
         start_s = kill["killed"] + self.config.dead
         kill["down"] = self.moment(lambda: self.balancer.state(name) == "DOWN", start_s)
-        self.over.wait(max(start_s - self.now_s(), 0))
+        if self.over.wait(max(start_s - self.now_s(), 0)):
+            return
         kill["started"] = self.now_s()
-        replica.start()
-        kill["ready"] = self.moment(replica.ready, START_S)
-        kill["up"] = self.moment(lambda: self.balancer.state(name) == "UP", START_S)
-        kill["sent_again"] = self.sent_again() - before
+        self.replicas[name].start()
+        end_s = self.now_s() + START_S
+        kill["ready"] = self.moment(self.replicas[name].ready, end_s)
+        kill["up"] = self.moment(lambda: self.balancer.state(name) == "UP", end_s)
+        if kill["up"] is None and not self.over.is_set():
+            raise UserError(f"{name} was not back in rotation {START_S:.0f} s after its start.")
 
     def moment(self, condition: Callable[[], bool], end_s: float) -> float | None:
         """When it came true; None when it did not, in time or before an interruption."""
@@ -125,15 +139,22 @@ class Chaos:
                 return None
         return None
 
-    def sent_again(self) -> int:
-        return sum(int(row["wredis"] or 0) for name, row in self.balancer.table().items() if name in NAMES)
+    def sent_again(self) -> int | None:
+        """So far, by all replicas; None where HAProxy's page does not come."""
+        with contextlib.suppress(OSError):
+            return sum(int(row["wredis"] or 0) for name, row in self.balancer.table().items() if name in NAMES)
+        return None
 
     def close(self, at_once: bool) -> None:
-        """Wait for the last replica to come back, unless that is of no interest any more."""
+        """Wait for the last replica to come back, unless that is of no interest any more. Ctrl-C ends the wait, too."""
         if at_once:
             self.over.set()
         self.began.set()
-        self.thread.join()
+        try:
+            self.ended.wait()  # not join(): once interrupted, Python 3.11 takes the thread for ended
+        except KeyboardInterrupt:
+            self.over.set()
+            self.ended.wait()
 
 
 # ---- the load
@@ -162,27 +183,31 @@ def bodies_of(config: ReplicaKillConfig, model: str, count: int) -> list[Body]:
 def measure(
     config: ReplicaKillConfig, balancer: Balancer, replicas: dict[str, Replica], model: str, rate: float
 ) -> dict[str, Any]:
-    """What a record holds of it. UserError: a replica did not come back."""
+    """What a record holds of it. UserError: nothing was killed. KeyboardInterrupt: nothing was measured."""
     total_s = config.kills * config.period
     dues = list(takewhile(lambda due: due < total_s, arrivals.moments("poisson", rate, config.seed)))
     bodies = bodies_of(config, model, len(dues))
     client, chaos = Client(balancer.url + PATH, timeout_s=TIMEOUT_S), Chaos(config, balancer, replicas)
-    drive.closed(Client(balancer.url + PATH), bodies_of(config, model, 4), 4)  # warms up
+    if drive.closed(Client(balancer.url + PATH), bodies_of(config, model, 4), 4).interrupted:  # it warms up
+        raise KeyboardInterrupt
     chaos.thread.start()
     ran = None
     try:
         ran = drive.opened(client, bodies, dues, rising=True, see=chaos.begin)
     finally:
         chaos.close(at_once=ran is None or ran.interrupted)
-    if chaos.error:
-        raise chaos.error
-    requests = [availability.told(trace, ran.start_s) for trace in sorted(ran.traces, key=lambda one: one.due_s)]
-    return {"requests": requests, "kills": chaos.kills, "rate": rate, "partial": ran.interrupted}
+    if chaos.error and not chaos.kills:
+        raise UserError(f"No replica was killed: {chaos.error}")
+    kept = [trace for trace in ran.traces if trace.error != INTERRUPTED]  # those in flight when somebody ended it
+    requests = [availability.told(trace, ran.start_s) for trace in sorted(kept, key=lambda one: one.due_s)]
+    partial = chaos.over.is_set() or chaos.error is not None
+    return {"requests": requests, "kills": chaos.kills, "rate": rate, "error": chaos.error, "partial": partial}
 
 
 def main(argv: list[str] | None = None) -> int:
     config = ReplicaKillConfig.from_cli(__doc__, argv)
     records.check_writable(config, "replica_kill")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, it keeps what it has, as after Ctrl-C
     page, card = console.Page(silent=config.json == "-"), machine_card()
     page.show("# What do clients notice when one of two replicas is killed?\n\n" + card_table(card), keep=False)
     with tempfile.TemporaryDirectory() as folder, pair(config.replica_arguments(), Path(folder)) as (balancer, both):

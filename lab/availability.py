@@ -66,11 +66,12 @@ def refusal(trace: Trace) -> str | None:
 
 
 def phase_of(record: Record, request: Request) -> str:
-    """before, during or after the outage of its own round, by when it was due."""
-    kill = next((one for one in record["kills"] if request["due"] < one["round_end"]), record["kills"][-1])
-    if request["due"] < kill["killed"]:
-        return "before"
-    return "during" if kill["up"] is None or request["due"] < kill["up"] else "after"
+    """during an outage, which may outlast its round; else before or after its own round's kill, by when it was due."""
+    due, kills = request["due"], record["kills"]
+    if any(kill["killed"] <= due and (kill["up"] is None or due < kill["up"]) for kill in kills):
+        return "during"
+    kill = next((one for one in kills if due < one["round_end"]), kills[-1])
+    return "before" if due < kill["killed"] else "after"
 
 
 def failed(requests: Sequence[Request]) -> list[Request]:
@@ -170,10 +171,11 @@ def quantile(values: Sequence[float], p: float) -> str:
 def sentences(record: Record) -> list[str]:
     requests, kills = record["requests"], record["kills"]
     bad, cut, silent = failed(requests), of_kind(requests, "cut"), of_kind(requests, "silent")
-    again = sum(kill["sent_again"] for kill in kills)
+    again = [kill["sent_again"] for kill in kills]
+    resent = f"{'at least ' if None in again else ''}{sum(filter(None, again))}"
     said = [
         f"Nothing that had not begun fails: {'HOLDS' if not bad else 'BROKEN'}, {len(bad)} of {len(requests)} requests "
-        f"under {len(kills)} kills; {again} were sent again to the other replica."
+        f"under {len(kills)} kills; {resent} were sent again to the other replica."
     ]
     if bad:
         why = Counter(f"{one['status']} {one['error']}" for one in bad)
@@ -184,6 +186,11 @@ def sentences(record: Record) -> list[str]:
         f"What had begun ends with a visible error: {'HOLDS' if not silent else 'BROKEN'}, "
         f"{len(cut + silent)} ended early and {len(silent)} of them unseen."
     )
+    missed = record.get("config", {}).get("kills", len(kills)) - len(kills)
+    if record.get("error"):
+        said.append(f"The kills ended with an error: {record['error']}")
+    elif missed and not record["partial"]:
+        said.append(f"{missed} rounds had no kill: a replica was away for longer. Try a longer --period.")
     downs = [gap(kill, "killed", "down") for kill in kills if kill["down"] is not None]
     ups = [gap(kill, "killed", "up") for kill in kills if kill["up"] is not None]
     if len(downs) < len(kills) or len(ups) < len(kills):

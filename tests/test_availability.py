@@ -65,3 +65,20 @@ def test_the_tables_count_by_when_a_request_was_due():
     assert row == ["replica-1", "5.0", "0.25", "1.5", "0.5", "3.0", "2", "0", "1", "0"]
     counts = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in latency.splitlines() if "| " in line}
     assert (counts["before"], counts["during"], counts["after"]) == ("1", "1", "1")
+
+
+def test_an_outage_that_outlasts_its_round_goes_on_in_the_next_one():
+    found = record(request(9, "answered"), request(12, "answered"), request(14, "answered"), request(15.5, "answered"))
+    (first,) = found["kills"]
+    second = first | {"round_start": 10.0, "round_end": 20.0, "killed": 15.0, "up": None}
+    found["kills"] = [first | {"up": 13.0}, second]
+    assert [availability.phase_of(found, one) for one in found["requests"]] == ["during", "during", "before", "during"]
+
+
+def test_what_is_not_known_of_a_kill_and_rounds_without_one_are_said():
+    found = record(request(1, "answered")) | {"config": {"kills": 3}, "partial": False}
+    found["kills"] += [found["kills"][0] | {"sent_again": None}]
+    said = availability.sentences(found)
+    assert said[0].endswith("under 2 kills; at least 2 were sent again to the other replica.")
+    assert said[2] == "1 rounds had no kill: a replica was away for longer. Try a longer --period."
+    assert not any("no kill" in one for one in availability.sentences(found | {"partial": True}))
