@@ -18,7 +18,6 @@ if __name__ == "__main__":
     check_packages("httptools", "orjson", "prometheus_client", target="serve", requirements="requirements-serve.txt")
 
 import contextlib
-import json
 import math
 import os
 import resource
@@ -26,7 +25,6 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from lab import arrivals, console, records
@@ -146,50 +144,30 @@ def measured(config: LoadConfig, url: str, cells: list[Cell]) -> int:
     record = records.new_record("load_test", f"load-on-{model}", config, card)
     record |= {"kind": "load", "server": {"url": url, "model": model} | about, "runs": [],
                "prompt_set_hash": prompts.hash} | described(config, model, about)  # fmt: skip
-    kept = beside(records.results_path(config, "load_test"), record["id"])
-    try:
-        for run in runs_of(config, target, cells):
-            record["runs"].append(run)
-            keep_so_far(kept, record)
-            if run["ended"] == "interrupted":
-                record["partial"] = True
-                break
-    except KeyboardInterrupt:
-        record["partial"] = True
-    if not record["runs"]:
-        raise KeyboardInterrupt
-    record["client_ceiling"] = ceiling.known()
-    record["verdicts"] = words.sentences(record)
-    sections = [tables.throughput_table(record["runs"]), tables.latency_table(record["runs"]),
-                tables.laws_table(record["runs"])]  # fmt: skip
-    if config.formulas:
-        sections.append(tables.others_table(record["runs"], config.formulas))
-    record["printed"] = "\n\n".join(sections)  # what may be quoted of it, as it was shown
-    try:
+    with records.kept_so_far(config, record) as keep:
+        try:
+            for run in runs_of(config, target, cells):
+                record["runs"].append(run)
+                keep()
+                if run["ended"] == "interrupted":
+                    record["partial"] = True
+                    break
+        except KeyboardInterrupt:
+            record["partial"] = True
+        if not record["runs"]:
+            raise KeyboardInterrupt
+        record["client_ceiling"] = ceiling.known()
+        record["verdicts"] = words.sentences(record)
+        sections = [tables.throughput_table(record["runs"]), tables.latency_table(record["runs"]),
+                    tables.laws_table(record["runs"])]  # fmt: skip
+        if config.formulas:
+            sections.append(tables.others_table(record["runs"], config.formulas))
+        record["printed"] = "\n\n".join(sections)  # what may be quoted of it, as it was shown
         status = console.conclude(config, record, page, sections)
-    except UserError:  # it could not be written where it belongs: what was kept stays
-        kept = None
-        raise
-    finally:
-        if kept:
-            kept.unlink(missing_ok=True)
     if not any(one["ok"] for run in record["runs"] for one in run["requests"]):
         console.warn("no request was answered: look at the errors above, and at the server.")
         return status or 1
     return status
-
-
-def beside(path: Path | None, name: str) -> Path | None:
-    """Where a run keeps what it has so far; nowhere when its record goes to stdout or to a device."""
-    return path.with_name(f"{name}.jsonl") if path and (path.is_file() or not path.exists()) else None
-
-
-def keep_so_far(path: Path | None, record: dict[str, Any]) -> None:
-    """The record as far as it is, for whoever reads results/ after this process was killed. It goes at the end."""
-    with contextlib.suppress(OSError):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            records.replace_whole(path, (json.dumps(record | {"partial": True, "verdicts": []}) + "\n").encode())
 
 
 def model_of(config: LoadConfig, names: list[str] | None) -> str:

@@ -24,7 +24,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -37,7 +37,7 @@ from lab.request_tables import card_table
 from lab.wire import Wire
 from load import server
 from load.clock import new_loop
-from load.looks import Outside, Watching, seen_at
+from load.looks import Ended, Outside, Watching, seen_at
 from load.measures import spread
 from load.mixed import CHAT, Lap, Visit, Visitors, became, busy
 from load.start import SERVE, Started, started
@@ -72,10 +72,12 @@ class SoakConfig(Recorded):
 
 
 class Soak:
-    """One run against a service that has started. record: grows while it runs."""
+    """One run against a service that has started. record: grows while it runs. keep: called after every lap."""
 
-    def __init__(self, config: SoakConfig, record: dict[str, Any], service: Started) -> None:
-        self.config, self.record, self.url = config, record, service.url
+    def __init__(
+        self, config: SoakConfig, record: dict[str, Any], service: Started, keep: Callable[[], object]
+    ) -> None:
+        self.config, self.record, self.url, self.keep = config, record, service.url, keep
         self.outside = Outside(service.pid, service.url)
         headers = {"Authorization": f"Bearer {KEYS[0]}"}
         self.model = (server.models(self.url, headers) or [""])[0]
@@ -122,6 +124,9 @@ class Soak:
 
     # ---- what counts
 
+    def age_s(self) -> float:
+        return time.perf_counter() - self.start_s
+
     def run(self, runner: asyncio.Runner) -> None:
         """Lap after lap. Ctrl-C, or a signal to end, keeps all that was seen, and says that it is a part."""
         laps, end_s = self.record["laps"], time.perf_counter() + 60 * self.config.minutes
@@ -131,14 +136,15 @@ class Soak:
             self.lap(runner, number)
             if len(laps) == ready:
                 self.record["ready_s"] = self.record["rests"][-1]["at"]
+            self.keep()
             asked = sum(map(sum, (kind.values() for kind in self.kinds.values())))
             if time.perf_counter() >= end_s or 0 < self.config.requests <= asked:
                 break
-        self.record["probes"][1] = runner.run(self.probe())
+        self.record["probes"][1] = runner.run(self.probe()) or ""
 
     def lap(self, runner: asyncio.Runner, number: int) -> None:
         """One lap, and the moment of rest after it. What was interrupted is kept as far as it went."""
-        lap, at = Lap(), time.perf_counter() - self.start_s
+        lap, at = Lap(), self.age_s()
         try:
             runner.run(lap.run(self.url, self.visits(number)))
             self.doubtful += lap.doubtful
@@ -160,9 +166,10 @@ class Soak:
         """A look while nobody is there, as soon as the service has noticed."""
         time.sleep(REST_S)
         written, rests = Wire.asked - self.asked_before, self.record["rests"]
+        before = next((one for one in reversed(rests) if one["ok"]), None)
         for _ in range(REST_LOOKS):
             look = seen_at(self.outside, self.start_s) | {"written": written, "doubtful": self.doubtful}
-            if look["ok"] and home(look, rests[-1] if rests else None):
+            if look["ok"] and home(look, before):
                 break
             time.sleep(REST_S / 2)
         rests.append(look)
@@ -206,25 +213,30 @@ def options_of(config: SoakConfig, folder: Path) -> list[str]:
     return ["--model", str(tiny.checkpoint(folder / TINY, CONTEXT)), "--threads", "1", *options]
 
 
-def soaked(config: SoakConfig, record: dict[str, Any], command: tuple[str, ...] = SERVE) -> None:
+def soaked(
+    config: SoakConfig, record: dict[str, Any], keep: Callable[[], object] = lambda: None,
+    command: tuple[str, ...] = SERVE,
+) -> None:  # fmt: skip
     """Start the service, and fill the record. command: what starts it, where it is not serve.py itself."""
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         options = options_of(config, Path(scratch))
         with started(options, command) as service, asyncio.Runner(loop_factory=new_loop) as runner:
-            soak = Soak(config, record, service)
+            soak = Soak(config, record, service, keep)
             try:
                 soak.prepare(runner)
                 with Watching(soak.outside, config.look, soak.start_s, record["looks"]):
                     soak.run(runner)
             except KeyboardInterrupt:
                 record["partial"] = True
+            except (Ended, OSError) as error:  # of a connection: there is nobody to connect to
+                record |= {"partial": True, "ended": f"it ended after {soak.age_s():.0f} s: {error or 'no process'}"}
             record["kinds"] = {kind: dict(ends) for kind, ends in soak.kinds.items()}
             record["ends"] = dict(sum(soak.kinds.values(), Counter()))
 
 
 def new_record(config: SoakConfig) -> dict[str, Any]:
     record = records.new_record("soak", "soak", config, machine_card())
-    return record | {"laps": [], "looks": [], "rests": [], "probes": [None, None], "ready_s": 0.0, "kinds": {},
+    return record | {"laps": [], "looks": [], "rests": [], "probes": [None, None], "ready_s": None, "kinds": {},
                      "ends": {}, "limit_bytes_per_hour": config.growth * soak_judge.MIB}  # fmt: skip
 
 
@@ -246,17 +258,19 @@ def main(argv: list[str] | None = None) -> int:
     page, record = console.Page(silent=config.json == "-"), new_record(config)
     page.show(f"# Soak: {config.minutes:g} minutes on {config.model}\n\n{card_table(record['card'])}", keep=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # told to end, it keeps what it has, as after Ctrl-C
-    soaked(config, record)
-    if not record["laps"]:
-        raise KeyboardInterrupt
-    found = soak_judge.judged(record)
-    record |= described(record) | {"judged": [vars(one) for one in found]}
-    record["verdicts"] = [f"{one.what}: {one.word} ({one.limit}): {one.measured}." for one in found]
-    sections = [*soak_tables.sections(record), soak_tables.judged_table(found)]
-    if config.figure:
-        sections.append(soak_plots.draw(record))
-    status = console.conclude(config, record, page, sections)
-    return status or (1 if any(one.holds is False for one in found) else 0)
+    with records.kept_so_far(config, record) as keep:
+        soaked(config, record, keep)
+        if not record["laps"]:
+            raise UserError(f"Nothing was measured: {record['ended']}") if "ended" in record else KeyboardInterrupt
+        found = soak_judge.judged(record)
+        record |= described(record) | {"judged": [vars(one) for one in found]}
+        record["verdicts"] = [f"{one.what}: {one.word} ({one.limit}): {one.measured}." for one in found]
+        sections = [*soak_tables.sections(record), soak_tables.judged_table(found)]
+        if config.figure:
+            sections.append(soak_plots.draw(record))
+        status = console.conclude(config, record, page, sections)
+    failed = any(one.holds is False for one in found)
+    return 1 if "ended" in record else status or int(failed)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,32 @@ def results_path(config: Recorded, script: str) -> Path | None:
     return Path(config.json) if config.json else ROOT / "results" / f"{script}.jsonl"
 
 
+@contextlib.contextmanager
+def kept_so_far(config: Recorded, record: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """A call that writes the record as far as it is, for whoever reads results/ after this process was killed.
+
+    That file goes when all went well. It stays where the whole record could not be written where it belongs.
+    """
+    whole = results_path(config, record["script"])
+    beside = bool(whole) and (whole.is_file() or not whole.exists())  # not when it goes to stdout or to a device
+    path = whole.with_name(f"{record['id']}.jsonl") if beside else None
+
+    def keep() -> None:
+        with contextlib.suppress(OSError):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_whole(path, (json.dumps(record | {"partial": True, "verdicts": []}) + "\n").encode())
+
+    try:
+        yield keep
+    except BrokenPipeError:  # nobody reads what is printed: the record is where it belongs
+        if path:
+            path.unlink(missing_ok=True)
+        raise
+    if path:
+        path.unlink(missing_ok=True)
+
+
 def check_writable(config: Recorded, script: str, *others: tuple[Path, str]) -> None:
     """Find out before measuring, not after it, that a file could not be written. UserError.
 

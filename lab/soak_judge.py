@@ -7,8 +7,7 @@ drawn together (the moving-block bootstrap; Künsch, Annals of Statistics 17(3),
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -115,16 +114,19 @@ def memory(looks: Sequence[Look], limit: float = GROWTH_PER_HOUR, seed: int = 0)
 def drift(laps: Sequence[Lap], figure: str, percent: str = "p99", limit: float = DRIFT) -> Judged:
     """The last third of the laps against the first, paired in order. laps: after the warm-up.
 
-    Pairs in which the machine itself was slower or faster than usual (its anchor) are dropped and counted.
+    Pairs in which the machine itself was not the same (its anchor) are dropped and counted.
     """
-    known = [lap for lap in laps if lap[figure]]
-    third = len(known) // 3
-    first, last = known[:third], known[len(known) - third :]
-    what = f"{percent} of {NAMES[figure]}, last third against first"
+    what, said = f"{percent} of {NAMES[figure]}, last third against first", f"less than {limit:.0%} slower"
+    silent = sum(not lap[figure] for lap in laps)
+    if silent:
+        return Judged(what, said, f"in {silent} of {len(laps)} laps nobody was answered", None)
+    third = len(laps) // 3
+    pairs = list(zip(laps[:third], laps[len(laps) - third :], strict=True))
+    alike = [pair for pair in pairs if same_machine(*pair)]
     found = verdict(
-        [lap[figure][percent] for lap in last], [lap[figure][percent] for lap in first], noise=limit,
-        anchors=paired_anchors(first, last),
-    )  # fmt: skip
+        [last[figure][percent] for _, last in alike], [first[figure][percent] for first, _ in alike], noise=limit
+    )
+    found = replace(found, dropped=len(pairs) - len(alike))
     holds = None
     if found.high is not None and found.rounds >= FEWEST_ROUNDS:
         holds = True if found.high < 1 + limit else False if found.low > 1 + limit else None
@@ -133,19 +135,16 @@ def drift(laps: Sequence[Lap], figure: str, percent: str = "p99", limit: float =
         told = (
             f"×{found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}] (n={found.rounds} pairs, {found.dropped} dropped)"
         )
-    return Judged(what, f"less than {limit:.0%} slower", told, holds)
+    return Judged(what, said, told, holds)
 
 
 NAMES = {"ttft_s": "TTFT", "e2e_s": "E2E"}
 
 
-def paired_anchors(first: Sequence[Lap], last: Sequence[Lap]) -> list[float]:
-    """1 for a pair of laps in which the machine was as fast as usual, else 2: what verdict() drops."""
-    usual = median(values) if (values := [lap["anchor_s"] for lap in (*first, *last)]) else 0.0
-    return [
-        2.0 if any(abs(lap["anchor_s"] / usual - 1) > ANCHOR_TOLERANCE for lap in pair) else 1.0
-        for pair in zip(first, last, strict=True)
-    ]
+def same_machine(first: Lap, last: Lap) -> bool:
+    """Whether a fixed piece of work took as long in both. A lap may have ended before anybody looked."""
+    known = first["anchor_s"] and last["anchor_s"]
+    return bool(known) and abs(last["anchor_s"] / first["anchor_s"] - 1) <= ANCHOR_TOLERANCE
 
 
 # ---- what is left behind
@@ -162,17 +161,23 @@ def flat(rests: Sequence[Look], name: str, slack: int = SLACK) -> Judged:
     return Judged(what, said, f"{values[0]} then, {min(values)} to {max(values)} in {len(values)} looks", off <= slack)
 
 
+ADD_UP = "the service's outcomes add up to the requests"
+
+
 def books(rests: Sequence[Look]) -> Judged:
     """Every rest holds how many requests were written by then, and how many ends of requests the service has counted.
 
     A request whose connection turned out to be closed is sent again: whether the first one arrived, nobody knows.
     """
+    rests = [one for one in rests if one["ok"]]
+    if not rests:
+        return Judged(ADD_UP, "at every rest", "no rest at which it told them", None)
     wrong = [one for one in rests if not one["written"] - one["doubtful"] <= counted(one) <= one["written"]]
     last = rests[-1]
     doubt = f", of them {last['doubtful']} sent again" if last["doubtful"] else ""
     told = f"{counted(last):,} outcomes, {last['written']:,} requests written{doubt}"
     worst = f"; at {wrong[0]['at']:.0f} s {counted(wrong[0]):,} for {wrong[0]['written']:,}" if wrong else ""
-    return Judged("the service's outcomes add up to the requests", "at every rest", told + worst, not wrong)
+    return Judged(ADD_UP, "at every rest", told + worst, not wrong)
 
 
 def counted(look: Look) -> int:
@@ -202,6 +207,7 @@ def as_expected(ends: dict[str, int]) -> Judged:
 
 
 def same_answer(first: str, last: str | None) -> Judged:
+    """last: None when nobody asked again; empty when there was no answer."""
     equal = None if last is None else first == last
     told = "not asked again" if last is None else "identical" if equal else f"{first!r} became {last!r}"
     return Judged("a fixed prompt's answer (greedy), first against last", "the same bytes", told, equal)
@@ -216,14 +222,17 @@ def warm(laps: Sequence[Lap]) -> int:
 
 
 def judged(record: dict[str, Any]) -> list[Judged]:
-    """record: laps, looks and rests of a soak, by experiments/soak.py."""
-    laps, ready_s = record["laps"], record["ready_s"]
+    """record: laps, looks and rests of a soak, by experiments/soak.py. ready_s: None when the warm-up did not end."""
+    laps = record["laps"]
+    ready_s = float("inf") if record["ready_s"] is None else record["ready_s"]
     looks = [one for one in record["looks"] if one["at"] >= ready_s]
     rests = [one for one in record["rests"] if one["at"] >= ready_s]
-    steady = laps[warm(laps) :]
+    steady = laps[warm(laps) : len(laps) - record["partial"]]  # the last lap may have been cut short
     found = [memory(looks, record["limit_bytes_per_hour"], record["config"]["seed"])]
     found += [flat(rests, name) for name in ("files", "threads", "tasks")]
     found += [drift(steady, figure) for figure in ("ttft_s", "e2e_s")]
     found += [books(record["rests"])] if record["rests"] else []
     found += [laws([*record["looks"], *record["rests"]]), restarts(record["looks"]), as_expected(record["ends"])]
+    if record.get("ended"):
+        found.append(Judged("the service is there to the end", "always", record["ended"], False))
     return [*found, same_answer(*record["probes"])]

@@ -37,6 +37,6 @@ def drawn(record: Record, memory, held, waits) -> None:
                        color=f"C{i}", label=f"{label} {percent}")  # fmt: skip
     waits.set(ylabel="ms, from due", xlabel="minutes", yscale="log")
     for axes in (memory, held, waits):
-        axes.axvspan(0, record["ready_s"] / 60, color="#c9ced6", alpha=0.4, linewidth=0)
+        axes.axvspan(0, (record["ready_s"] or 0) / 60, color="#c9ced6", alpha=0.4, linewidth=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8, ncols=4)

@@ -64,7 +64,7 @@ def latencies(laps: Sequence[Lap]) -> list[str]:
 
 def held_table(record: Record) -> str:
     rests, looks = record["rests"], record["looks"]
-    ready = [one for one in rests if one["at"] >= record["ready_s"]] if record["ready_s"] else []
+    ready = [] if record["ready_s"] is None else [one for one in rests if one["at"] >= record["ready_s"]]
     told = {"when it had started": looks[0]}
     told |= {"when all caches were full": rests[0]} if rests else {}
     told |= {"after the warm-up": ready[0], "at the end": ready[-1]} if ready else {}

@@ -4,6 +4,7 @@ Memory is RssAnon + VmSwap: what the process has written to and nobody else can 
 (RSS) moves with the files that the system keeps in memory.
 """
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -20,6 +21,10 @@ Series = list[tuple[str, dict[str, str], float]]
 MIB = 1 << 20
 PROBES = ("metrics", "health", "capacity", "config", "models")  # endpoints that no visitor of a mixed load asks
 ANCHOR = bytes(8 * MIB)
+
+
+class Ended(Exception):
+    """The process that is looked at is not there any more."""
 
 
 class Outside:
@@ -52,9 +57,14 @@ class Outside:
         }  # fmt: skip
 
     def held(self) -> dict[str, int]:
-        """Bytes, open files and threads of the process."""
-        lines = (line.partition(":") for line in (self.folder / "status").read_text().splitlines())
+        """Bytes, open files and threads of the process. Ended when there is none."""
+        try:
+            lines = (line.partition(":") for line in (self.folder / "status").read_text().splitlines())
+        except OSError as error:
+            raise Ended from error
         said = {name: value.split() for name, _, value in lines}
+        if "RssAnon" not in said:  # it has ended, and its status has not been asked for
+            raise Ended
         kib = int(said["RssAnon"][0]) + int(said.get("VmSwap", ["0"])[0])
         files = sum(1 for _ in (self.folder / "fd").iterdir())
         return {"bytes": kib << 10, "files": files, "threads": int(said["Threads"][0])}
@@ -124,8 +134,9 @@ class Watching:
         self.thread.join()
 
     def loop(self) -> None:
-        while not self.stop.wait(self.every_s):
-            self.looks.append(seen_at(self.outside, self.start_s))
+        with contextlib.suppress(Ended):  # whoever sends requests will see it, too
+            while not self.stop.wait(self.every_s):
+                self.looks.append(seen_at(self.outside, self.start_s))
 
 
 def seen_at(outside: Outside, start_s: float) -> Look:

@@ -77,6 +77,29 @@ def test_a_service_that_keeps_every_answer_is_found_out():
     assert found.holds is False, found
 
 
+def test_what_was_seen_of_a_service_that_is_killed_is_told(tmp_path, capsys, monkeypatch):
+    visits, pids, init = soak.Soak.visits, [], soak.Soak.__init__
+
+    def noting(self, config, record, service, keep):
+        pids.append(service.pid)
+        init(self, config, record, service, keep)
+
+    def killed(self, number: int):
+        if number == 1:
+            threading.Timer(1.0, os.kill, (pids[0], signal.SIGKILL)).start()
+        return visits(self, number)
+
+    monkeypatch.setattr(soak.Soak, "__init__", noting)
+    monkeypatch.setattr(soak.Soak, "visits", killed)
+    file = tmp_path / "soak.jsonl"
+    status = soak.main([*SHORT, "--minutes", "5", "--lap", "4", "--rush", "0", "--json", str(file)])
+    (record,) = read_lines(file)
+    assert status == 1 and record["partial"] and "it ended after" in record["ended"] and record["laps"]
+    assert of(record)["the service is there to the end"].holds is False
+    assert "the service is there to the end: FAILS" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [file], "what was kept meanwhile has gone"
+
+
 def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     visits = soak.Soak.visits
 

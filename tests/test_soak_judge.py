@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from lab import soak_judge
+from lab.client import Trace
 from lab.soak_judge import MIB
+from load.mixed import Visit, became
 
 HOURS, EVERY_S = 2.0, 10.0
 
@@ -87,6 +89,65 @@ def test_laps_of_a_slow_machine_do_not_count_as_drift():
     laps = [lap(0.1) for _ in range(20)] + [lap(0.15, anchor_s=0.015) for _ in range(3)] + [lap(0.1) for _ in range(7)]
     found = soak_judge.drift(laps, "ttft_s")
     assert found.holds is True and "3 dropped" in found.measured
+
+
+@pytest.mark.parametrize("then, anchor_s", [(0.15, 0.015), (0.1, 0.005)])
+def test_a_machine_that_changed_for_good_gets_no_verdict(then: float, anchor_s: float):
+    """It is slower, and so is every answer; or twice as fast, and hides that the service has become twice as slow."""
+    found = soak_judge.drift([lap(0.1) for _ in range(20)] + [lap(then, anchor_s) for _ in range(10)], "ttft_s")
+    assert found.holds is None and "10 dropped" in found.measured
+
+
+def test_a_lap_in_which_nobody_looked_is_not_compared_and_one_without_answers_is_told():
+    laps = [lap(0.1) for _ in range(30)]
+    laps[3]["anchor_s"] = None
+    assert "1 dropped" in soak_judge.drift(laps, "e2e_s").measured
+    laps[-1]["e2e_s"] = None
+    found = soak_judge.drift(laps, "e2e_s")
+    assert found.holds is None and found.measured == "in 1 of 30 laps nobody was answered"
+
+
+SILENT = {"ok": False, "at": 60.0, "scrape_s": 5.0}
+
+
+def record_of(**other) -> dict:
+    return {
+        "laps": [lap(0.1) for _ in range(5)], "looks": [rest() | one for one in looks(0.0)], "ready_s": 0.0,
+        "rests": [rest(), rest(60.0)], "limit_bytes_per_hour": MIB, "config": {"seed": 0}, "probes": ["a", "a"],
+        "kinds": {"stream": {"answered": 50}}, "ends": {"answered": 50}, "partial": False,
+    } | other  # fmt: skip
+
+
+def words(record: dict) -> dict[str, bool | None]:
+    return {one.what: one.holds for one in soak_judge.judged(record)}
+
+
+def test_before_the_warm_up_has_ended_nothing_is_after_it():
+    found = words(record_of(ready_s=None))
+    assert found["RssAnon + VmSwap after the warm-up"] is None and found["open files"] is None
+    assert words(record_of())["RssAnon + VmSwap after the warm-up"] is True
+
+
+def test_a_lap_that_was_interrupted_says_nothing_of_drift():
+    laps = [lap(0.1) for _ in range(40)] + [lap(0.1) | {"ttft_s": None, "e2e_s": None}]
+    told = "p99 of TTFT, last third against first"
+    assert words(record_of(laps=laps))[told] is None and words(record_of(laps=laps, partial=True))[told] is True
+
+
+def test_a_service_that_ended_is_a_failure_and_so_is_one_that_does_not_answer_at_last():
+    found = words(record_of(ended="it ended after 700 s: no process", rests=[rest(), SILENT]))
+    assert found["the service is there to the end"] is False
+    assert found["the laws of tokens, blocks and Little"] is False and found[soak_judge.ADD_UP] is True
+    assert words(record_of(rests=[SILENT]))[soak_judge.ADD_UP] is None
+    assert words(record_of(probes=["a", ""]))["a fixed prompt's answer (greedy), first against last"] is False
+
+
+@pytest.mark.parametrize("rush, word", [(True, "refused"), (False, "failed: 503 where 200 was due")])
+def test_only_who_comes_in_a_rush_may_be_refused(rush: bool, word: str):
+    """A service that refuses everybody for an hour leaves nothing behind, either."""
+    trace = Trace(due_s=0.0)
+    trace.status = 503
+    assert became(Visit(0.0, "stream", ("/v1/completions", "key"), {}, rush=rush), trace) == word
 
 
 @pytest.mark.parametrize("name", ["files", "threads", "tasks"])
