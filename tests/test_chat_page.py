@@ -1,6 +1,7 @@
 """The chat at /: what a person sees of an answer, of a refusal and of the server; in a real browser."""
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -265,6 +266,27 @@ def test_stopping_frees_the_slot_and_what_came_stays(browser, here):
         assert one.page.locator("details.split").last.locator("li").count() == len(PARTS)
 
 
+def test_the_second_half_of_a_double_click_on_stop_sends_no_draft(browser, here):
+    here.runner.pace_s = 0.01
+    with chat(browser, here, expected=(404,)) as one:
+        one.send()
+        one.wait("() => document.querySelector('.answer')?.textContent.length > 3")
+        one.page.fill("#box", "a draft")
+        one.page.dblclick("#send")
+        assert one.ended() == "stopped" and one.page.input_value("#box") == "a draft"
+        assert one.page.locator("article").count() == 1
+
+
+def test_the_token_that_ends_an_answer_takes_its_time_too(browser, here):
+    """Two letters and an end are three tokens, with two gaps of a tenth of a second between them."""
+    say(here, "ab")
+    here.runner.pace_s = 0.1
+    with chat(browser, here) as one:
+        one.send()
+        assert one.ended() == "stop" and "3 out" in one.text(".facts")
+        assert float(re.search(r"([\d.]+) tokens/s", one.text(".facts"))[1]) < 15
+
+
 def test_enter_sends_unless_shift_or_an_input_method_needs_it(browser, here):
     with chat(browser, here) as one:
         one.page.fill("[name=max_tokens]", "2")
@@ -377,6 +399,7 @@ def test_a_rate_limit_and_a_prompt_that_is_too_long_are_told_in_the_servers_word
         one.send("word " * 200)
         assert one.ended(3) == "refused" and "context_length_exceeded" in one.text(".notice")
         assert one.page.locator("article:last-child .notice button").count() == 0, "once more would not help"
+        assert one.page.locator(".notice button:visible").count() == 0, "and of what is past nothing is sent again"
 
 
 def test_a_key_is_asked_for_works_and_is_kept_in_the_tab_only(browser, checkpoint_folder, tmp_path, monkeypatch):
@@ -420,6 +443,15 @@ def test_an_error_in_the_middle_is_shown_and_what_came_stays(browser, here):
         assert "engine_error" in one.text(".notice") and "one bad sampler" not in one.text(".notice")
         assert one.page.locator(".notice button").is_enabled()
         here.runner.faults.clear()
+
+
+def test_a_balancer_that_speaks_for_nobody_is_no_server(browser, here):
+    told = json.dumps({"error": {"message": "No replica is there.", "code": "no_replica"}})
+    with chat(browser, here, expected=(503,)) as one:
+        one.page.route("**/health", lambda route: route.fulfill(status=503, content_type="application/json", body=told))
+        one.wait("() => document.querySelector('#status').textContent === 'unreachable'")
+        one.page.unroute("**/health")
+        one.wait("() => document.querySelector('#status').textContent === 'ready'")
 
 
 def test_a_server_that_has_gone_is_said_to_be_unreachable(browser, here):

@@ -11,7 +11,9 @@ export function watchServer(show) {
     clearTimeout(timer);
     timer = null;
     if (document.visibilityState !== "visible") return;
-    const health = await fetch("/health").then((response) => response.json()).catch(() => null);
+    const health = await fetch("/health", { signal: AbortSignal.timeout(LATER_MS) }) // a server that hangs is none
+      .then((response) => response.json()).then((found) => (found.now ? found : null)) // nor is a balancer without one
+      .catch(() => null);
     show(health);
     clearTimeout(timer);
     timer = setTimeout(look, health ? EVERY_MS : LATER_MS);

@@ -41,9 +41,9 @@ async function start(question) {
     else if (error instanceof Refused) refused(turn, view, error);
     else lost(turn, view, error);
   }
-  view.end();
   if (running === controller) running = null;
   drawState();
+  view.end();
   if (!turn.usage && turn.id && turn.ended !== "refused") splitLater(turn, view);
 }
 
@@ -51,7 +51,10 @@ function hear(turn, view, event) {
   const { kind } = event;
   if (kind === "begun") Object.assign(turn, { id: event.id, degraded: event.degraded, cache: event.cache });
   else if (kind === "text") view.text(event.text);
-  else if (kind === "ended") turn.reason = event.reason;
+  else if (kind === "ended") {
+    turn.reason = event.reason;
+    view.ending();
+  }
   else if (kind === "usage") turn.usage = event.usage;
   else if (kind === "done") turn.ended = turn.reason;
   else {
@@ -118,6 +121,7 @@ function again(turn) {
   if (running) return;
   drop(turn);
   start(turn.question);
+  home(); // the button that was pressed is not there any more
 }
 
 function drop(turn) {
@@ -223,7 +227,8 @@ function listen() {
     send();
   });
   find("#send").addEventListener("click", (event) => {
-    if (event.detail < 2) running?.abort(); // the second half of a double click must not stop what the first began
+    if (event.detail > 1) event.preventDefault(); // the second half of a double click must not undo the first one
+    else running?.abort();
     home();
   });
   box.addEventListener("input", grow);

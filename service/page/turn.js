@@ -50,6 +50,11 @@ export class TurnView {
     if (following) toBottom();
   }
 
+  /** The last token has come: one that is no text ends most answers. */
+  ending() {
+    this.pace.lastS = seconds();
+  }
+
   /** It has ended, however: turn.ended says how. */
   end() {
     const following = atBottom();
@@ -61,7 +66,7 @@ export class TurnView {
     this.answer.ariaBusy = "false";
     this.turn.ttft_s = this.pace.count ? this.pace.firstS - this.startS : null;
     this.turn.took_s = this.endS - this.startS;
-    this.turn.tokens_per_s = this.pace.whole(this.turn.usage?.completion_tokens ?? this.pace.count);
+    this.turn.tokens_per_s = this.pace.whole(this.turn.usage?.completion_tokens ?? 0); // pieces are no tokens
     this.drawFacts();
     this.root.dataset.ended = this.turn.ended;
     if (this.turn.usage?.timing) this.split(this.turn.usage.timing);
@@ -70,7 +75,7 @@ export class TurnView {
 
   split(timing) {
     const following = atBottom();
-    this.find(".split").open = this.root === this.root.parentElement.lastElementChild;
+    this.find(".split").open = this.root === this.root.parentElement?.lastElementChild;
     drawSplit(this.find(".split"), splitOf(timing), this.word);
     if (following) toBottom();
   }
@@ -112,7 +117,8 @@ export class TurnView {
   /** What went wrong, in a sentence; retryS: seconds after which it can be sent again, null: never. */
   notice(sentence, retryS) {
     const place = this.find(".notice"), following = atBottom();
-    place.replaceChildren(mark("span", sentence));
+    place.querySelector("span").textContent = sentence;
+    place.querySelector("button")?.remove();
     place.hidden = false;
     if (retryS !== null) place.append(this.retryButton(seconds() + retryS));
     if (following) toBottom();
