@@ -24,7 +24,7 @@ FOLDER = ROOT / "deploy" / "prometheus"
 RULES = ("recording.yml", "alerts.yml")
 HASTE = 60  # so many times as fast as it is deployed
 DURATION = re.compile(r"\b(\d+)([smh])\b")
-SCRAPE = "500ms"  # not 15 s / HASTE: a busy machine may take a third of a second for a scrape
+SCRAPE = "1s"  # not 15 s / HASTE: a busy machine may take a third of a second for a scrape
 START_S = 20.0
 
 needs_prometheus = pytest.mark.skipif(

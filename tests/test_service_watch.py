@@ -192,7 +192,8 @@ def test_a_look_that_fails_is_not_the_last_one(checkpoint_folder, caplog):
 
 
 def test_b74_metrics_are_scraped_through_all_of_it_and_never_fall(checkpoint_folder):
-    with served(checkpoint_folder, max_running=2, max_queued=1, stall_after=0.2, quarantine_minutes=0) as here:
+    wishes = {"max_running": 2, "max_queued": 1, "stall_after": 0.2, "quarantine_minutes": 0, "breaker": "off"}
+    with served(checkpoint_folder, **wishes) as here:
         pages, over = [], threading.Event()
 
         def scrape() -> None:

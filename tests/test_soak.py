@@ -30,7 +30,7 @@ kept, close = [], Serving.close
 
 def close_and_keep(self, job):
     if job in self.jobs:
-        kept.append((job, bytearray(32 * 1024)))
+        kept.append((job, bytearray(64 * 1024)))
     close(self, job)
 
 Serving.close = close_and_keep
@@ -70,7 +70,7 @@ def test_three_minutes_of_strangers_leave_nothing_behind(tmp_path, capsys):
 
 
 def test_a_service_that_keeps_every_answer_is_found_out():
-    config = soak.SoakConfig(minutes=0.25, lap=4.0, look=0.5, rush=0, probe_s=2.0, max_new_tokens=12)
+    config = soak.SoakConfig(minutes=0.5, lap=4.0, look=0.5, rush=0, probe_s=2.0, max_new_tokens=12)
     record = soak.new_record(config)
     soak.soaked(config, record, command=(sys.executable, "-c", KEEPS_ALL))
     found = of(record)["RssAnon + VmSwap after the warm-up"]
