@@ -290,7 +290,8 @@ def search(
 ) -> Iterator[dict[str, Any]]:
     """Doubles a rate until it misses the limits, then halves the space between the two.
 
-    The first is what 16 clients reach, who wait for their answers.
+    The first is what 16 clients reach, who wait for their answers. Where more and more are in flight nothing is kept: a
+    longer run would miss the limits.
     """
     most = replace(first.closed(16), requests=max(first.requests, WAVES * 16))
     measure.warm_up(target, most)
@@ -298,7 +299,8 @@ def search(
     rate, kept, missed = run["figures"]["requests_per_s"] or 1.0, 0.0, math.inf
     for _ in range(2 * MOST_STEPS):
         run = measure.run(target, first.open(rate, arrival))
-        run["keeps"] = plan.keeps(run["figures"], limits) and not run["ended"]
+        grows = run["window"]["class"] == "growing"
+        run["keeps"] = plan.keeps(run["figures"], limits) and not grows and not run["ended"]
         yield run
         if run["ended"] == "interrupted":
             return

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
+import load_test
 from lab import compare, load_runs
 from lab.client import Client, Trace
-from load import drive, golden
+from load import drive, golden, measure
+from load.plan import Cell
 from load.script import Script
 
 pytestmark = pytest.mark.slow
@@ -103,6 +105,21 @@ def test_the_search_goes_up_until_a_rate_misses_and_then_halves_the_space(url):
     if kept and missed and tried[0][1]:
         assert rising[1] == pytest.approx(2 * rising[0]), "16 clients' rate is a beginning, not a limit"
         assert max(kept) < max(missed) <= 2 * max(rising)
+
+
+def test_a_rate_at_which_more_and_more_are_in_flight_keeps_no_limit(monkeypatch):
+    """Of a short run everybody may still be served in time, of an hour of it nobody."""
+
+    def run(_target, cell):
+        grows = (cell.rate or 0) > 15
+        figures = {"requests_per_s": 10.0, "errors": {}, "ttft_s": {"p95": 0.1}}
+        return {"figures": figures, "ended": None, "window": {"class": "growing" if grows else "steady"}}
+
+    monkeypatch.setattr(measure, "run", run)
+    monkeypatch.setattr(measure, "warm_up", lambda *_: None)
+    runs = list(load_test.search(None, Cell(1, None, None, 16, 8, 12), [("ttft", 95, 1.0)], "poisson"))
+    assert all(one["keeps"] is (one["window"]["class"] == "steady") for one in runs[1:])
+    assert len(runs) > 4 and {one["keeps"] for one in runs[1:]} == {True, False}
 
 
 def test_a_sweep_asks_more_of_more_clients(url):
