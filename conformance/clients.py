@@ -13,7 +13,7 @@ from typing import Any
 from conformance.judge import Verdict, each, otherwise, passed, refused, unsafe, unseen, worst
 from conformance.target import CHAT, Target, first_event
 from conformance.transport import to_the_end
-from conformance.wire import exchange, opened, sent
+from conformance.wire import PATIENCE_S, Hung, exchange, opened, sent
 
 STOPS_S = 3.0  # two steps of the model, ten times over
 SEND_TIMEOUT_S = 26.0  # the matrix wants an end after 20 s
@@ -189,8 +189,9 @@ def typed(target: Target) -> Verdict:
     """Both ways of OpenAI's client: what it makes of an answer, a stream, an error."""
     import openai
 
-    host, port = target.place
-    wishes = {"base_url": f"http://{host}:{port}/v1", "api_key": next(iter(target.keys), "any"), "max_retries": 0}
+    (host, port), patience_s = target.place, PATIENCE_S * target.slow
+    wishes = {"base_url": f"http://{host}:{port}/v1", "api_key": next(iter(target.keys), "any"), "max_retries": 0,
+              "timeout": patience_s}  # fmt: skip
     body: Any = target.chat_body(temperature=0, max_tokens=6)
 
     async def asynchronous() -> str:
@@ -205,6 +206,10 @@ def typed(target: Target) -> Verdict:
         other = asyncio.run(asynchronous())
     except openai.APIStatusError as error:
         return unsafe(f"{error.status_code}") if error.status_code >= 500 else otherwise(f"{error.status_code}")
+    except openai.APITimeoutError as error:
+        raise Hung(f"did not answer OpenAI's client within {patience_s:.3g} s") from error
+    except openai.APIConnectionError:
+        return otherwise("the connection closed without an answer")
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     text, usage = whole.choices[0].message.content or "", whole.usage
     wrong = {

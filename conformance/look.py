@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from config import UserError
 from conformance import clients, ending, identity, overload, transport, values
-from conformance.judge import Kind, Verdict, unsafe, unseen
+from conformance.judge import Kind, Verdict, otherwise, unsafe, unseen
 from conformance.matrix import cases
 from conformance.target import Target
 from conformance.wire import Hung
@@ -80,7 +81,10 @@ class Looks:
             raise Gone(harm)
         self.target.close()
         self.starts += 1
-        self.target = self.start()
+        try:
+            self.target = self.start()
+        except UserError as why:
+            raise Gone(f"{harm}; and then {str(why).rstrip('.')}") from why
         self.target.meet()
 
 
@@ -90,7 +94,11 @@ def attempted(look: Look, target: Target) -> Verdict:
         return look(target)
     except Hung as why:
         return unsafe(f"it {why}")
+    except UserError as why:  # another one of it, with limits, did not start
+        return unseen(str(why).rstrip("."))
     except ConnectionRefusedError:
         return unsafe(target.ended() or "nobody takes a connection any more")
     except OSError as why:
         return unsafe(f"the connection broke ({why.strerror or why})")
+    except Exception as why:  # an answer may be odd in more ways than anybody lists
+        return otherwise(f"its answer has no known form ({type(why).__name__}: {' '.join(str(why).split())[:100]})")

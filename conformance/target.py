@@ -41,7 +41,7 @@ class Target:
     process: subprocess.Popen | None = None
     limited: Callable[[int, int], "Target"] | None = None
     close: Callable[[], None] = lambda: None
-    greedy: str | None = None  # its answer to a fixed question
+    greedy: str | None = None  # its answer to a fixed question; None where that has no known form
     rest_share: float = 0.0  # of a core that it takes when nobody asks
     slow: float = 1.0  # times longer than on a machine of its own things take here, about: patience is as much longer
     long_tokens: int = LONG_TOKENS[1]
@@ -142,7 +142,7 @@ class Target:
         """Learn what it answers when all is well, and how quickly. Hung, OSError."""
         self.chat(patience_s=120)  # the first one warms up
         reply = self.chat("The capital of France is", patience_s=120, **GREEDY)
-        self.greedy, self.slow = reply.text, min(max(reply.took_s / PLAIN_S, 1.0), MOST_PATIENT)
+        self.greedy, self.slow = reply.known_text, min(max(reply.took_s / PLAIN_S, 1.0), MOST_PATIENT)
         rate = GREEDY["max_tokens"] / max(reply.took_s, 1e-3)
         self.long_tokens = int(min(max(rate * BUSY_S, LONG_TOKENS[0]), LONG_TOKENS[1]))
         with self.open_chat("Count to a hundred.", stream=True, max_tokens=64, **self.long) as connection:
@@ -166,7 +166,7 @@ class Target:
             return self.ended() or f"afterwards a plain request fails: it {why}"
         if reply.status != 200:
             return f"afterwards a plain request gets {reply.status or 'no answer'}"
-        return None if reply.text == self.greedy else "afterwards the same greedy prompt has another text"
+        return None if reply.known_text == self.greedy else "afterwards the same greedy prompt has another text"
 
 
 ABSENT = object()  # a field that is left out

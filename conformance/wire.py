@@ -64,6 +64,13 @@ class Reply:
         return "".join(delta.get("content") or "" for delta in deltas)
 
     @property
+    def known_text(self) -> str | None:
+        """The same; None where the answer has no known form."""
+        with suppress(AttributeError, LookupError, TypeError):
+            return self.text
+        return None
+
+    @property
     def usage(self) -> dict[str, int]:
         """Of either form; empty where nothing was told."""
         told = [self.json] if isinstance(self.json, dict) else [one for one in self.events if isinstance(one, dict)]

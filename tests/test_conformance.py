@@ -14,7 +14,7 @@ from conftest import ROOT
 from service_kit import CONTEXT, NAME, served
 
 from config import UserError
-from conformance import servers, suite, tables, transport, values
+from conformance import clients, servers, suite, tables, transport, values
 from conformance.__main__ import main
 from conformance.judge import Kind, Verdict, each, otherwise, passed, refused, unsafe
 from conformance.look import IN_TURN, PATIENT, Looks, attempted
@@ -254,6 +254,45 @@ def test_a_server_that_dies_is_asked_no_more_and_nothing_is_made_up(stand):
     assert found[3].kind == Kind.UNSAFE
     assert found[29].kind == Kind.UNSEEN and "was not asked" in found[29].says
     assert found[74].kind == Kind.UNSEEN
+
+
+ODD = http(200, b'{"choices": [{"message": null}], "usage": 3}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [12, 24, 34, 40, 43, 46])
+def test_an_answer_of_no_known_form_is_a_finding(stand, number: int):
+    """Of {"message": null} nothing was left but a traceback, and no card of any server."""
+    found = attempted(IN_TURN[number], stand(ODD).target())
+    assert found.kind == Kind.OTHERWISE and "no known form (AttributeError: " in found.says
+
+
+@pytest.mark.slow
+def test_openais_client_waits_no_longer_than_others(stand):
+    """Its own patience is ten minutes."""
+    assert attempted(clients.typed, stand(None).target()) == unsafe("it did not answer OpenAI's client within 0.4 s")
+    gone = attempted(clients.typed, stand(b"").target())
+    assert gone == otherwise("the connection closed without an answer")
+
+
+@pytest.mark.slow
+def test_a_server_whose_plain_answer_has_no_known_form_is_asked_all_the_same(stand):
+    found = Looks(stand(lambda raw: ODD if b"messages" in raw else REFUSES).target, again=False).all({1, 2, 34})
+    assert (found[1].kind, found[2].kind, found[34].kind) == (Kind.PASS, Kind.PASS, Kind.OTHERWISE), found
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_again_keeps_what_was_found(stand):
+    starts = iter([stand(SAYS_YES, 10).target])
+
+    def start() -> Target:
+        for first in starts:
+            return first()
+        raise UserError("it ended with status 1 before it served.")
+
+    found = Looks(start, again=True).all({1, 2, 3, 28, 29, 73})
+    assert found[1].kind == Kind.OTHERWISE and found[3].kind == Kind.UNSAFE
+    assert found[29].kind == Kind.UNSEEN and found[29].says.endswith("and then it ended with status 1 before it served")
 
 
 @pytest.mark.slow
