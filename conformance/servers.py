@@ -4,16 +4,18 @@ All of them hold SmolLM2-135M-Instruct, the model that is installed with this ki
 can be told so. Others live in environments of their own: see benchmarks/peers/install.sh.
 """
 
+import atexit
 import http.client
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,18 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def started(name: str, command: Sequence[str | Path], port: int, **environment: str) -> subprocess.Popen:
-    """Its process, once it answers 200 at /health. UserError."""
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | environment,
-    )  # fmt: skip
+def started(
+    undo: ExitStack, name: str, command: Sequence[str | Path], port: int, **environment: str
+) -> subprocess.Popen:
+    """Its process, once it answers 200 at /health. undo ends it, also where it never does. UserError."""
+    try:
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=os.environ | environment,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"{name} cannot be started: {command[0]} by hand tells why ({error.strerror}).") from error
+    undo.callback(ended, process)
     begin = time.monotonic()
     while time.monotonic() - begin < START_S:
         if process.poll() is not None:
@@ -57,7 +65,6 @@ def started(name: str, command: Sequence[str | Path], port: int, **environment: 
                 return process
         connection.close()
         time.sleep(0.1)
-    ended(process)
     raise UserError(f"{name} did not serve within {START_S:.0f} s.")
 
 
@@ -77,6 +84,14 @@ def asked(port: int, path: str, key: str | None = None) -> Any:
         connection.close()
 
 
+def first_model(name: str, port: int, key: str) -> str:
+    """What it calls its model. UserError."""
+    try:
+        return asked(port, "/v1/models", key)["data"][0]["id"]
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{name} serves, but names no model at /v1/models: ask it by hand.") from error
+
+
 @dataclass(frozen=True)
 class Weights:
     """The model that all of them serve. name: as serve.py is told it. gguf: the same as one file, if there is one."""
@@ -93,7 +108,9 @@ class Weights:
 def weights(quick: bool) -> Weights:
     """SmolLM2-135M-Instruct; to be quick, a random one of next to nothing, made anew. UserError."""
     if quick:
-        folder = tiny.checkpoint(Path(tempfile.mkdtemp()) / "tiny", QUICK_CONTEXT)
+        home = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, home, ignore_errors=True)  # until then any server may be started with it
+        folder = tiny.checkpoint(home / "tiny", QUICK_CONTEXT)
         return Weights(str(folder), folder, None)
     folder = embedded().folder
     assert folder is not None  # the embedded model is real weights, never random ones
@@ -102,33 +119,32 @@ def weights(quick: bool) -> Weights:
 
 def ours(model: Weights, requests_a_minute: int = 0, tokens_a_minute: int = 0) -> Target:
     """This kit's service, as a user starts it, with its default limits."""
-    port, keys = free_port(), Path(tempfile.mkdtemp()) / "keys"
-    keys.write_text("\n".join(KEYS))
-    command = [sys.executable, "serve.py", "--model", model.name, "--port", port, "--api-keys-file", keys,
-               "--max-running", SLOTS, "--max-queued", SLOTS, "--log-file", os.devnull,
-               "--requests-per-minute", requests_a_minute, "--tokens-per-minute", tokens_a_minute]  # fmt: skip
-    process = started("serve.py", command, port)
-    name = asked(port, "/v1/models", KEYS[0])["data"][0]["id"]
-    return Target(
-        "this service", ("127.0.0.1", port), name, KEYS, IGNORE_EOS, model.context, 2 * SLOTS, process,
-        limited=lambda requests, tokens: ours(model, requests, tokens), close=lambda: ended(process),
-    )  # fmt: skip
+    with ExitStack() as undo:
+        port, keys = free_port(), Path(undo.enter_context(tempfile.TemporaryDirectory())) / "keys"
+        keys.write_text("\n".join(KEYS))
+        command = [sys.executable, "serve.py", "--model", model.name, "--port", port, "--api-keys-file", keys,
+                   "--max-running", SLOTS, "--max-queued", SLOTS, "--log-file", os.devnull,
+                   "--requests-per-minute", requests_a_minute, "--tokens-per-minute", tokens_a_minute]  # fmt: skip
+        process = started(undo, "serve.py", command, port)
+        name = first_model("serve.py", port, KEYS[0])
+        return Target(
+            "this service", ("127.0.0.1", port), name, KEYS, IGNORE_EOS, model.context, 2 * SLOTS, process,
+            limited=lambda requests, tokens: ours(model, requests, tokens), close=undo.pop_all().close,
+        )  # fmt: skip
 
 
 def transformers(model: Weights, *options: str) -> Target:
     """transformers serve, pinned to the same weights as a folder. It knows neither keys nor limits nor ignore_eos."""
-    program, port = PEERS / "transformers_serve/bin/transformers", free_port()
-    home = named_folder(model.folder)
-    (hub := Path(home.name) / "home").joinpath("hub").mkdir(parents=True)  # a cache of models, without which it fails
-    command = [program, "serve", home.name, "--device", "cpu", "--host", "127.0.0.1", "--port", port, *options]
-    process = started("transformers serve", command, port, HF_HUB_OFFLINE="1", HF_HOME=str(hub))
     name = "transformers serve" + ", continuous batching" * ("--continuous-batching" in options)
-
-    def close() -> None:
-        ended(process)
-        home.cleanup()
-
-    return Target(name, ("127.0.0.1", port), home.name, (), {}, model.context, None, process, close=close)
+    program, port = PEERS / "transformers_serve/bin/transformers", free_port()
+    with ExitStack() as undo:
+        home = undo.enter_context(named_folder(model.folder))
+        (hub := Path(home) / "home").joinpath("hub").mkdir(parents=True)  # a cache of models, without which it fails
+        command = [program, "serve", home, "--device", "cpu", "--host", "127.0.0.1", "--port", port, *options]
+        process = started(undo, name, command, port, HF_HUB_OFFLINE="1", HF_HOME=str(hub))
+        return Target(
+            name, ("127.0.0.1", port), home, (), {}, model.context, None, process, close=undo.pop_all().close
+        )  # fmt: skip
 
 
 def named_folder(folder: Path) -> tempfile.TemporaryDirectory:
@@ -146,16 +162,17 @@ def named_folder(folder: Path) -> tempfile.TemporaryDirectory:
 def llama_server(model: Weights) -> Target:
     """llama.cpp's server, with the embedded GGUF file as it is."""
     place = PEERS / "llama_cpp"
-    program = next(path for path in place.rglob("llama-server") if path.is_file() and os.access(path, os.X_OK))
-    port = free_port()
+    found = (path for path in place.rglob("llama-server") if path.is_file() and os.access(path, os.X_OK))
+    program, port = next(found, place / "llama-server"), free_port()
     command = [program, "-m", model.gguf, "-np", SLOTS, "-c", SLOTS * model.context, "--host", "127.0.0.1",
                "--port", port, "--metrics", "--jinja", "--api-key", ",".join(KEYS)]  # fmt: skip
-    process = started("llama-server", command, port, LD_LIBRARY_PATH=str(program.parent))
-    name = asked(port, "/v1/models", KEYS[0])["data"][0]["id"]
-    return Target(
-        "llama-server", ("127.0.0.1", port), name, KEYS, IGNORE_EOS, model.context, None, process,
-        close=lambda: ended(process),
-    )  # fmt: skip
+    with ExitStack() as undo:
+        process = started(undo, "llama-server", command, port, LD_LIBRARY_PATH=str(program.parent))
+        name = first_model("llama-server", port, KEYS[0])
+        return Target(
+            "llama-server", ("127.0.0.1", port), name, KEYS, IGNORE_EOS, model.context, None, process,
+            close=undo.pop_all().close,
+        )  # fmt: skip
 
 
 STARTS: dict[str, Callable[[Weights], Target]] = {

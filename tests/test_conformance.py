@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from service_kit import CONTEXT, NAME, served
@@ -367,6 +368,29 @@ def test_a_peer_that_is_not_installed_is_left_out_with_the_command_that_installs
     monkeypatch.setattr(servers, "PEERS", tmp_path)
     assert servers.lacking("ours") is None
     assert "install.sh llama_cpp" in (servers.lacking("llama-server") or "")
+
+
+def test_what_does_not_serve_is_ended(monkeypatch):
+    monkeypatch.setattr(servers, "START_S", 0.3)
+    before = psutil.Process().children()
+    with pytest.raises(UserError, match="did not serve within"), contextlib.ExitStack() as undo:
+        servers.started(undo, "it", ["sleep", "60"], servers.free_port())
+    assert psutil.Process().children() == before
+
+
+def test_a_server_that_cannot_be_started_is_one_sentence():
+    with pytest.raises(UserError, match="it cannot be started: /no/program"), contextlib.ExitStack() as undo:
+        servers.started(undo, "it", ["/no/program"], servers.free_port())
+
+
+def test_a_server_that_names_no_model_leaves_neither_a_process_nor_its_keys(monkeypatch, tmp_path):
+    """Nobody serves at the port here, so that the question what its model is called fails."""
+    ended = []
+    monkeypatch.setattr(servers, "started", lambda undo, *told: undo.callback(ended.append, told[1]))
+    with pytest.raises(UserError, match="names no model"):
+        servers.ours(servers.Weights("x", tmp_path, None))
+    keys = ended[0][ended[0].index("--api-keys-file") + 1]
+    assert keys.name == "keys" and not keys.parent.exists()
 
 
 @pytest.mark.slow
