@@ -46,9 +46,9 @@ def suite_card(found: Mapping[int, Found]) -> str:
     """The cases of each group, and what becomes of them."""
     rows = []
     for group, name in groups().items():
-        mine = [found[number] for number in numbers_in(group)]
+        mine = [found[number] for number in numbers_in(group) if number in found]
         rows.append([f"{group} {name}", span(group), marks([one.outcome for one in mine]), *totals(mine)])
-    rows.append(["all", f"1–{len(found)}", "", *totals(list(found.values()))])
+    rows.append(["all", f"1–{len(cases())}", "", *totals(list(found.values()))])
     headers = ["group", "cases", "card", *map(str, Outcome), "tests"]
     return table(headers, rows, tuple(range(3, len(headers)))) + f"\n\n{legend(Outcome)}"
 
