@@ -14,7 +14,7 @@ that servers are compared like with like.
     python3 -m conformance --start ours --cases 13,44,61
 
 Others are installed by benchmarks/peers/install.sh llama_cpp transformers_serve. The exit status is 0 when no case of
-this service fails or lacks a test, else 1.
+this service fails or lacks a test and every server starts, else 1.
 """
 
 from config import SERVE_PACKAGES, Recorded, UserError, check_packages, knob, listed
@@ -76,24 +76,43 @@ def main(argv: list[str] | None = None) -> int:
     machine, page = machine_card(), console.Page(silent=config.json == "-")
     record = records.new_record("conformance", QUESTION, config, machine)
     page.show("# Conformance: 74 things that go wrong\n\n" + card_table(machine), keep=False)
+    every = starts(config)
     mine: dict[int, Found] = {}
     looked: dict[str, dict[int, Verdict]] = {}
+    lost: list[str] = []  # why a server is not looked at
     try:
         if not (config.start or config.url):
             mine = own_card(wanted)
-        for start, again in starts(config):
-            looks = Looks(start, again)
-            looked[looks.target.name] = looks.all(wanted)
+        for start, again in every:
+            try:
+                look_at(start, again, wanted, looked)
+            except UserError as why:
+                lost.append(str(why))
     except KeyboardInterrupt:
         record["partial"] = True
+    if lost and not (mine or looked):
+        raise UserError(" ".join(lost))
     record |= described(config, mine, looked) | {"took_s": time.monotonic() - begin}
+    record["verdicts"] += lost
     status = console.conclude(config, record, page, sections(mine, looked))
-    return status or int(any(one.outcome in (Outcome.FAIL, Outcome.MISSING) for one in mine.values()))
+    failed = any(one.outcome in (Outcome.FAIL, Outcome.MISSING) for one in mine.values())
+    return status or int(failed or bool(lost))
 
 
 def own_card(wanted: set[int] | None) -> dict[int, Found]:
     found = suite.card(suite.run(wanted))
     return found if wanted is None else {number: found[number] for number in sorted(wanted)}
+
+
+def look_at(
+    start: Callable[[], Target], again: bool, wanted: set[int] | None, looked: dict[str, dict[int, Verdict]]
+) -> None:
+    """Its verdicts go into looked: after Ctrl-C those that there are. UserError."""
+    looks = Looks(start, again)
+    try:
+        looks.all(wanted)
+    finally:
+        looked[looks.target.name] = looks.known(wanted)
 
 
 def starts(config: ConformanceConfig) -> list[tuple[Callable[[], Target], bool]]:

@@ -48,7 +48,11 @@ class Looks:
             self.found = rest | self.found
         finally:
             self.target.close()
-        return {number: self.found[number] for number in sorted(wanted)}
+        return self.known(numbers)
+
+    def known(self, numbers: set[int] | None = None) -> dict[int, Verdict]:
+        """What there is by now. numbers: of these cases only."""
+        return {number: self.found[number] for number in sorted(self.found) if numbers is None or number in numbers}
 
     def side_by_side(self, looks: dict[int, Look]) -> None:
         with ThreadPoolExecutor(max(len(looks), 1)) as pool:

@@ -15,6 +15,7 @@ from conftest import ROOT
 from service_kit import CONTEXT, NAME, served
 
 from config import UserError
+from conformance import __main__ as main_module
 from conformance import clients, servers, suite, tables, transport, values
 from conformance.__main__ import main
 from conformance.judge import Kind, Verdict, each, otherwise, passed, refused, unsafe
@@ -24,6 +25,7 @@ from conformance.plugin import OUT
 from conformance.suite import Found, Outcome
 from conformance.target import Target
 from conformance.wire import Hung, Reply
+from lab import console
 
 # ---- the matrix
 
@@ -195,7 +197,13 @@ def http(status: int, body: bytes, *headers: str) -> bytes:
 SAYS_YES = http(200, b'{"choices": [{"message": {"content": "yes"}}], "usage": {"prompt_tokens": 3}}')
 REFUSES = http(400, b'{"error": {"message": "no"}}')
 FAILS = http(500, b"Internal Server Error")
+KNOWS_ITSELF = http(200, b'{"data": [{"id": "it"}], "choices": [{"message": {"content": "yes"}}]}')
 REFUSALS = (1, 2, 3, 10, 11, 13, 14, 28, 29, 35, 36, 39, 41, 42, 44, 48)  # of which every request must be a 400
+
+
+def strict(raw: bytes) -> bytes:
+    """It refuses whatever is not the plain request after which a server is called well."""
+    return REFUSES if b"POST" in raw and b"capital" not in raw else KNOWS_ITSELF
 
 
 @pytest.fixture
@@ -395,8 +403,7 @@ def test_a_server_that_names_no_model_leaves_neither_a_process_nor_its_keys(monk
 
 @pytest.mark.slow
 def test_a_server_by_its_address_is_looked_at_and_recorded(stand, capsys, tmp_path):
-    one = stand(lambda raw: REFUSES if b"POST" in raw and b"capital" not in raw else http(
-        200, b'{"data": [{"id": "it"}], "choices": [{"message": {"content": "yes"}}]}'))  # fmt: skip
+    one = stand(strict)
     url = "http://{}:{}".format(*one.socket.getsockname())
     out = tmp_path / "out.jsonl"
     assert main(["--url", url, "--name", "mine", "--cases", "1,2,4", "--json", str(out)]) == 0
@@ -404,3 +411,32 @@ def test_a_server_by_its_address_is_looked_at_and_recorded(stand, capsys, tmp_pa
     assert "| mine     |" in page and "3 of 3" in page and "mine, from outside: 3 of 3 cases" in page
     record = json.loads(out.read_text())
     assert record["looks"]["mine"]["1"] == {"kind": "pass", "says": ""} and record["suite"] == {}
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_costs_no_other_its_card(stand, monkeypatch, capsys, tmp_path):
+    """The finished card of the tests was lost too: nothing was saved, and one sentence was all that was said."""
+
+    def fail() -> Target:
+        raise UserError("another did not serve within 300 s.")
+
+    monkeypatch.setattr(main_module, "starts", lambda _: [(fail, True), (stand(strict).target, True)])
+    monkeypatch.setattr(main_module, "own_card", lambda _: {1: Found(Outcome.PASS, 1)})
+    out = tmp_path / "out.jsonl"
+    assert main(["--cases", "1", "--json", str(out)]) == 1
+    assert "- another did not serve within 300 s." in capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert record["looks"]["stand-in"]["1"]["kind"] == "pass" and record["suite"]["1"]["outcome"] == "pass"
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_found_of_the_server_that_is_looked_at(stand, monkeypatch, tmp_path):
+    def interrupt(_: Target) -> Verdict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_module, "starts", lambda _: [(stand(strict).target, True)])
+    monkeypatch.setitem(IN_TURN, 2, interrupt)
+    out = tmp_path / "out.jsonl"
+    assert main(["--start", "ours", "--cases", "1,2,3,31", "--json", str(out)]) == console.INTERRUPTED
+    record = json.loads(out.read_text())
+    assert record["partial"] and sorted(record["looks"]["stand-in"]) == ["1", "31"]
