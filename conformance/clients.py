@@ -23,7 +23,7 @@ STORM = 200
 FILLS = 300_000  # bytes: more than the kernels of both sides take for a reader with no room
 LONG_PROMPT = 3000  # tokens, where the context is that long
 MIB = 1 << 20
-NOT_OURS = unseen("its process was not started here, so its CPU time is not known")
+NOT_OURS = unseen("its process was not started here, so its CPU time and memory are not known")
 
 
 def long_chat(target: Target, text: str = "Write a very long story.", **wishes: Any) -> socket.socket:
@@ -64,7 +64,7 @@ def leaves(target: Target) -> Verdict:
         return NOT_OURS
 
     def in_prefill() -> Verdict:
-        return left(target, long_chat(target, "word " * min(LONG_PROMPT, target.context // 2)))
+        return left(target, long_chat(target, target.long_text(LONG_PROMPT)))
 
     def in_decode() -> Verdict:
         connection = long_chat(target, stream=True)
@@ -123,13 +123,14 @@ def stops_reading(target: Target) -> Verdict:
             break
     else:
         return unseen("no long stream could be had")
-    grown = (target.memory() - before) / MIB
+    grown = target.grown(before)
     if closed and not finished(rest):
         return passed("closed")
     if len(rest) < FILLS and (closed or target.share() > target.rest_share + 0.5):
         return unseen(f"in that time it says too little ({len(rest) / 1e3:.0f} kB) to fill a connection")
     waits = f"; others wait for up to {slowest:.0f} s" if slowest > 10 * target.slow else ""
-    return otherwise(f"not closed after {SEND_TIMEOUT_S:.0f} s, {grown:.0f} MiB more than before{waits}")
+    more = "" if grown is None else f", {grown / MIB:.0f} MiB more than before"
+    return otherwise(f"not closed after {SEND_TIMEOUT_S:.0f} s{more}{waits}")
 
 
 def others(target: Target, seconds: float) -> float:
@@ -159,10 +160,12 @@ def byte_by_byte(target: Target) -> Verdict:
                     connection.recv(1)
                 time.sleep(0.5)
             slowest = asking.result()
-    grown = (target.memory() - before) / MIB
+    grown = target.grown(before)
     if slowest > 10 * target.slow:
         return otherwise(f"others wait for {slowest:.0f} s meanwhile")
-    return passed() if grown < 64 else otherwise(f"its memory grew by {grown:.0f} MiB")
+    if grown is None:
+        return NOT_OURS
+    return passed() if grown < 64 * MIB else otherwise(f"its memory grew by {grown / MIB:.0f} MiB")
 
 
 def proxies(target: Target) -> Verdict:

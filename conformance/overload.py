@@ -93,7 +93,7 @@ def tokens_in(target: Target, clients: int) -> int | None:
 def tiny_and_huge(target: Target) -> Verdict:
     """Tiny ones, one after the other, beside one whose prompt is long: all are served, in whatever order."""
     with ThreadPoolExecutor(1) as pool:
-        huge = pool.submit(target.chat, "word " * min(LONG_PROMPT, target.context // 2), patience_s=120)
+        huge = pool.submit(target.chat, target.long_text(LONG_PROMPT), patience_s=120)
         time.sleep(0.2)
         waits = []
         for i in range(20):

@@ -22,6 +22,7 @@ from typing import Any
 
 from config import ROOT, UserError
 from conformance.target import Target
+from conformance.wire import Hung, Reply
 from weights import tiny
 from weights.find import EMBEDDED, embedded, embedded_gguf
 
@@ -205,13 +206,19 @@ def at(url: str, name: str | None, model: str | None, key: str | None) -> Target
     found = Target(name or parts.netloc, place, model or "", (key,) if key else ())
     try:
         reply = found.ask("/v1/models")
-    except OSError as error:
-        raise UserError(
-            f"Nothing answers at {url} ({error.strerror or error}): start it, or name another address."
-        ) from error
-    if not model:
-        try:
-            found.model = reply.json["data"][0]["id"]
-        except (TypeError, KeyError, IndexError) as error:
-            raise UserError(f"{url}/v1/models names no model ({reply.status}): give --model, and --api-key.") from error
+    except (Hung, OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"Nothing answers at {url} ({why}): start it, or name another address.") from error
+    card = card_of(reply, model)
+    if not model and not card:
+        raise UserError(f"{url}/v1/models names no model ({reply.status}): give --model, and --api-key.")
+    context = card.get("max_model_len")  # vLLM's word, and this service's
+    found.model, found.context = model or card["id"], context if isinstance(context, int) else None
     return found
+
+
+def card_of(reply: Reply, model: str | None) -> dict[str, Any]:
+    """What /v1/models tells of this model, or of its first one; empty where it tells nothing."""
+    told = reply.json.get("data") if isinstance(reply.json, dict) else None
+    cards = [one for one in told if isinstance(one, dict) and "id" in one] if isinstance(told, list) else []
+    return next((one for one in cards if not model or one["id"] == model), {})

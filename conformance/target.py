@@ -20,6 +20,7 @@ IDLE_SHARE = 0.25  # of a core: less than this is not computing
 GREEDY = {"temperature": 0, "max_tokens": 8}
 PLAIN_S = 1.0  # that this takes at most on two cores that do nothing else
 MOST_PATIENT = 6.0
+SMALL_CONTEXT = 2048  # tokens that a context has at least, where it is not known
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Target:
     model: str
     keys: tuple[str, ...] = ()
     long: dict[str, Any] = field(default_factory=dict)
-    context: int = 2048
+    context: int | None = None  # in tokens, where it is known
     capacity: int | None = None  # slots and places in the queue, where they are known
     process: subprocess.Popen | None = None
     limited: Callable[[int, int], "Target"] | None = None
@@ -81,6 +82,10 @@ class Target:
             (told(wish), lambda wish=wish: refused(self.peek(**wish), *(statuses or (400,)))) for wish in wishes
         )
 
+    def long_text(self, tokens: int) -> str:
+        """About so many, or half of the context where that is less."""
+        return "word " * min(tokens, (self.context or SMALL_CONTEXT) // 2)
+
     def open_chat(self, text: str = "hello", *headers: str, room: int | None = None, **wishes: Any) -> Any:
         """A connection with a request on it, whose answer nobody has read yet."""
         connection = opened(self.place, room=room)
@@ -105,13 +110,20 @@ class Target:
                 found += sum(one.cpu_times()[:2])
         return found
 
-    def memory(self) -> int:
-        """Bytes that its processes hold."""
+    def memory(self) -> int | None:
+        """Bytes that its processes hold; None where they are not seen."""
+        if self.process is None:
+            return None
         found = 0
         for one in self.family():
             with suppress(psutil.NoSuchProcess):
                 found += one.memory_info().rss
         return found
+
+    def grown(self, before: int | None) -> int | None:
+        """Bytes more than before; None where that is not seen."""
+        now = self.memory()
+        return None if now is None or before is None else now - before
 
     def share(self, seconds: float = 0.5) -> float:
         """Of a core that it takes now."""

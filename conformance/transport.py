@@ -68,7 +68,7 @@ def too_large_in_chunks(target: Target) -> Verdict:
             while given < 64 * MIB and not select.select([connection], [], [], 0)[0]:
                 connection.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
                 given += 65536
-                most = max(most, target.memory() - before) if given % MIB == 0 else most
+                most = max(most, target.grown(before) or 0) if given % MIB == 0 else most
             connection.sendall(b"0\r\n\r\n")
         except TimeoutError:
             return otherwise(f"after {given / MIB:.1f} MiB it neither reads on nor answers")

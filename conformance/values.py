@@ -84,6 +84,8 @@ def lengths(target: Target) -> Verdict:
 
 def too_long(target: Target) -> Verdict:
     """A tenth more words than the context has tokens."""
+    if target.context is None:
+        return unseen("its context is not known: /v1/models tells no max_model_len")
     begin = time.monotonic()
     reply = target.chat("word " * int(target.context * 1.1), patience_s=60)
     verdict = refused(reply, 400)

@@ -16,7 +16,7 @@ from service_kit import CONTEXT, NAME, served
 
 from config import UserError
 from conformance import __main__ as main_module
-from conformance import clients, servers, suite, tables, transport, values
+from conformance import clients, identity, servers, suite, tables, transport, values
 from conformance.__main__ import main
 from conformance.judge import Kind, Verdict, each, otherwise, passed, refused, unsafe
 from conformance.look import IN_TURN, PATIENT, Looks, attempted
@@ -252,6 +252,34 @@ def test_a_fetched_picture_is_seen(stand):
     assert values.parts(stand(fetch).target()) == unsafe("it fetches an address that a client names")
 
 
+@pytest.mark.slow
+def test_a_context_that_is_not_told_is_not_guessed(stand):
+    """Whoever rightly answered 2,252 words was told that it computes past its context, of which nothing was known."""
+    target = stand(SAYS_YES).target()
+    assert values.too_long(target).kind == Kind.OTHERWISE
+    target.context = None
+    assert values.too_long(target).kind == Kind.UNSEEN
+
+
+@pytest.mark.slow
+def test_a_servers_context_is_what_it_tells_of_the_model_that_is_asked(stand):
+    cards = [{"id": "small", "max_model_len": 64}, {"id": "large", "max_model_len": 96}, {"id": "untold"}]
+    url = "http://{}:{}".format(*stand(http(200, json.dumps({"data": cards}).encode())).socket.getsockname())
+    found = [servers.at(url, None, model, None) for model in (None, "large", "untold", "unlisted")]
+    assert [(one.model, one.context) for one in found] == [
+        ("small", 64), ("large", 96), ("untold", None), ("unlisted", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_of_memory_that_is_not_seen_nothing_is_said(stand, monkeypatch):
+    """It was 0 before and after, and so it never grew."""
+    monkeypatch.setattr(identity, "BOGUS", 10)
+    target = stand(http(401, b"{}")).target()
+    target.keys = ("a-key",)
+    assert identity.bogus_keys(target) == passed("its memory is not seen")
+
+
 # ---- a whole look
 
 
@@ -378,6 +406,7 @@ def test_a_peer_that_is_not_installed_is_left_out_with_the_command_that_installs
     assert "install.sh llama_cpp" in (servers.lacking("llama-server") or "")
 
 
+@pytest.mark.slow
 def test_what_does_not_serve_is_ended(monkeypatch):
     monkeypatch.setattr(servers, "START_S", 0.3)
     before = psutil.Process().children()
@@ -391,6 +420,7 @@ def test_a_server_that_cannot_be_started_is_one_sentence():
         servers.started(undo, "it", ["/no/program"], servers.free_port())
 
 
+@pytest.mark.slow
 def test_a_server_that_names_no_model_leaves_neither_a_process_nor_its_keys(monkeypatch, tmp_path):
     """Nobody serves at the port here, so that the question what its model is called fails."""
     ended = []
