@@ -58,18 +58,26 @@ class Looks:
         with ThreadPoolExecutor(max(len(looks), 1)) as pool:
             futures = {number: pool.submit(attempted, look, self.target) for number, look in looks.items()}
             self.found |= {number: future.result() for number, future in futures.items()}
-        if looks:
-            self.survived(sorted(looks))
+        if looks and not self.survived(sorted(looks)) and len(looks) > 1:
+            self.one_by_one(looks)
+
+    def one_by_one(self, looks: dict[int, Look]) -> None:
+        """Asked side by side they broke it: which of them was it? All of them, where it takes all of them."""
+        together = {number: self.found[number] for number in looks}
+        for number, look in looks.items():
+            self.one(number, look)
+        if not any(self.found[number].kind == Kind.UNSAFE for number in looks):
+            self.found |= together
 
     def one(self, number: int, look: Look) -> None:
         self.found[number] = attempted(look, self.target)
         self.survived([number])
 
-    def survived(self, numbers: list[int]) -> None:
-        """A verdict is worth less where the server suffers afterwards."""
+    def survived(self, numbers: list[int]) -> bool:
+        """A verdict is worth less where the server suffers afterwards. False: it broke, and was started anew. Gone."""
         harm = self.target.harm()
         if harm is None:
-            return
+            return True
         for number in numbers:
             before = self.found[number]
             says = "; ".join(filter(None, (before.says, harm)))
@@ -77,8 +85,10 @@ class Looks:
                 self.found[number] = unsafe(says)
             elif before.kind == Kind.PASS:
                 self.found[number] = Verdict(Kind.OTHERWISE, says)
-        if "another text" not in harm:
-            self.begin_again(harm)
+        if "another text" in harm:
+            return True
+        self.begin_again(harm)
+        return False
 
     def begin_again(self, harm: str) -> None:
         if not self.again or self.starts == STARTS:

@@ -16,7 +16,7 @@ from service_kit import CONTEXT, NAME, served
 
 from config import UserError
 from conformance import __main__ as main_module
-from conformance import clients, identity, servers, suite, tables, transport, values
+from conformance import clients, identity, look, servers, suite, tables, transport, values
 from conformance.__main__ import main
 from conformance.judge import Kind, Verdict, each, otherwise, passed, refused, unsafe
 from conformance.look import IN_TURN, PATIENT, Looks, attempted
@@ -330,6 +330,40 @@ def test_a_server_that_does_not_start_again_keeps_what_was_found(stand):
     found = Looks(start, again=True).all({1, 2, 3, 28, 29, 73})
     assert found[1].kind == Kind.OTHERWISE and found[3].kind == Kind.UNSAFE
     assert found[29].kind == Kind.UNSEEN and found[29].says.endswith("and then it ended with status 1 before it served")
+
+
+def mortal(stand: Callable[..., Stand]) -> Target:
+    """It takes no more connections once it is asked for /die."""
+
+    def die(raw: bytes) -> bytes:
+        if b"GET /die" in raw:
+            one.socket.shutdown(socket.SHUT_RDWR)
+        return SAYS_YES
+
+    one = stand(die)
+    return one.target()
+
+
+def deadly(target: Target) -> Verdict:
+    target.ask("/die")
+    return passed()
+
+
+@pytest.mark.slow
+def test_who_is_asked_side_by_side_with_what_breaks_a_server_is_asked_again(stand, monkeypatch):
+    """All that were asked together were called unsafe."""
+    monkeypatch.setattr(look, "PATIENT", {8: lambda _: passed("8"), 9: deadly, 64: lambda _: passed("64")})
+    found = Looks(lambda: mortal(stand), again=True).all({8, 9, 64})
+    assert found[8] == passed("8") and found[64] == passed("64")
+    assert found[9].kind == Kind.UNSAFE and "a plain request fails" in found[9].says
+
+
+@pytest.mark.slow
+def test_what_breaks_a_server_only_side_by_side_is_all_their_doing(stand, monkeypatch):
+    monkeypatch.setattr(look, "PATIENT", {8: lambda _: passed(), 9: deadly})
+    starts = iter([mortal(stand), stand(SAYS_YES).target()])
+    found = Looks(lambda: next(starts), again=True).all({8, 9})
+    assert found[8].kind == found[9].kind == Kind.UNSAFE, found
 
 
 @pytest.mark.slow
