@@ -13,7 +13,7 @@ from conformance.wire import Hung, Reply, exchange, request
 BURST = 80  # at once, where the capacity is not known: ten times the eight that the servers here are started with
 BURST_PATIENCE_S = 60.0
 REFUSAL_S = 1.0  # a refusal is cheap: 50 ms where nobody else computes
-LOAD_S = 4.0
+LOAD_S = 4.0  # for which clients go on asking
 ROOM = 4  # answers at once that keep it busy
 GOODPUT = 0.9
 TOKENS = 16
@@ -55,29 +55,35 @@ def burst(target: Target) -> Verdict:
 
 
 def sustained(target: Target) -> Verdict:
-    """Tokens of whole answers in some seconds: from clients that just keep it busy, and from four times as many."""
-    counts: dict[int, int] = {ROOM: 0, 4 * ROOM: 0}
-    for clients in (*counts, *counts):  # in turns, so that a machine that grows slower does not decide
-        found = tokens_in(target, clients)
+    """Tokens a second: from clients that just keep it busy, and from four times as many."""
+    rates: dict[int, float] = {ROOM: 0.0, 4 * ROOM: 0.0}
+    for clients in (*rates, *rates):  # in turns, so that a machine that grows slower does not decide
+        found = tokens_per_s(target, clients)
         if found is None:
             return unsafe("an answer is neither whole nor refused")
-        counts[clients] += found
-    alone, over = counts.values()
-    says = f"{100 * over / max(alone, 1):.0f} % of the tokens that it serves when it is just busy"
+        rates[clients] += found
+    alone, over = rates.values()
+    if not alone:
+        return otherwise(f"it serves none of {ROOM} clients")
+    says = f"{100 * over / alone:.0f} % of the tokens that it serves when it is just busy"
     return passed(says) if over >= GOODPUT * alone else otherwise(says)
 
 
-def tokens_in(target: Target, clients: int) -> int | None:
-    """None when one of them was failed."""
-    end = time.monotonic() + LOAD_S
+def tokens_per_s(target: Target, clients: int) -> float | None:
+    """Of whole answers, from clients that go on asking for LOAD_S. None when one of them was failed.
+
+    Every answer that was begun counts, and so does the time until the last one ends. A fixed time would cut off a whole
+    wave of a server that computes all answers at once, and hardly anything of one that computes a few at a time.
+    """
+    begin = time.monotonic()
 
     def insist(i: int) -> int | None:
         found = 0
-        while time.monotonic() < end:
+        while time.monotonic() - begin < LOAD_S:
             with suppress(Hung):
                 reply = target.chat(f"Client {i}: tell me a story.", max_tokens=TOKENS, patience_s=60, **target.long)
                 if reply.status == 200:
-                    found += TOKENS * (time.monotonic() <= end)
+                    found += TOKENS
                     continue
                 if reply.status in (503, 429):
                     time.sleep(0.05)
@@ -87,7 +93,7 @@ def tokens_in(target: Target, clients: int) -> int | None:
 
     with ThreadPoolExecutor(clients) as pool:
         counts = list(pool.map(insist, range(clients)))
-    return None if None in counts else sum(counts)
+    return None if None in counts else sum(counts) / (time.monotonic() - begin)
 
 
 def tiny_and_huge(target: Target) -> Verdict:

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from service_kit import CONTEXT, NAME, served
 
 from config import UserError
 from conformance import __main__ as main_module
-from conformance import clients, identity, look, servers, suite, tables, transport, values
+from conformance import clients, identity, look, overload, servers, suite, tables, transport, values
 from conformance.__main__ import main
 from conformance.judge import Kind, Verdict, each, otherwise, passed, refused, unsafe
 from conformance.look import IN_TURN, PATIENT, Looks, attempted
@@ -278,6 +279,34 @@ def test_of_memory_that_is_not_seen_nothing_is_said(stand, monkeypatch):
     target = stand(http(401, b"{}")).target()
     target.keys = ("a-key",)
     assert identity.bogus_keys(target) == passed("its memory is not seen")
+
+
+class Batch:
+    """Answers of 16 steps, all of them at once. A step takes as long as this function of their number says."""
+
+    def __init__(self, step_s: Callable[[int], float]) -> None:
+        self.step_s, self.lock, self.answers = step_s, threading.Lock(), 0
+
+    def __call__(self, raw: bytes) -> bytes:  # noqa: ARG002
+        with self.lock:
+            self.answers += 1
+        for _ in range(16):
+            time.sleep(self.step_s(self.answers))
+        with self.lock:
+            self.answers -= 1
+        return SAYS_YES
+
+
+@pytest.mark.slow
+def test_a_server_that_computes_all_answers_at_once_loses_none_of_them_to_the_clock(stand, monkeypatch):
+    """Whole answers were counted in a fixed time: here 16 clients get none in it, and it was told "0 %"."""
+    monkeypatch.setattr(overload, "LOAD_S", 0.5)
+    fair = stand(Batch(lambda answers: 0.003 * answers)).target()
+    worse = stand(Batch(lambda answers: 0.0005 * answers**2)).target()
+    fair.slow = worse.slow = 1.0
+    found = [overload.sustained(target) for target in (fair, worse)]
+    assert [one.kind for one in found] == [Kind.PASS, Kind.OTHERWISE], found
+    assert overload.sustained(stand(http(503, b"")).target()) == otherwise("it serves none of 4 clients")
 
 
 # ---- a whole look
