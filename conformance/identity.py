@@ -11,6 +11,7 @@ from conformance.wire import Reply, exchange, request
 
 OPEN = ("/health", "/metrics")
 SHOWN = ("/config", "/capacity", "/metrics", "/health", "/props", "/slots", "/v1/models", "/debug/requests", "/nothing")
+CONTROLS = 3  # whether two requests meet in one step is chance
 BOGUS = 1000  # keys that do not exist
 MIB = 1 << 20
 NO_KEYS = not_applicable("it asks for no key")
@@ -82,13 +83,23 @@ def same(back: str, theirs: str) -> bool:
 def equal_ids(target: Target) -> Verdict:
     texts = ("Count: one, two,", "The capital of France is")
     alone = [target.chat(text, temperature=0, max_tokens=12).text for text in texts]
-    with ThreadPoolExecutor(2) as pool:
-        both = list(
-            pool.map(lambda text: target.chat(text, "X-Request-Id: the-same", temperature=0, max_tokens=12), texts)
-        )
+
+    def together(*ids: str) -> list[Reply]:
+        def ask(text: str, theirs: str) -> Reply:
+            return target.chat(text, f"X-Request-Id: {theirs}", temperature=0, max_tokens=12)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(ask, texts, ids))
+
+    both = together("the-same", "the-same")
     if any(reply.status != 200 for reply in both):
         return unsafe(f"the two get {[reply.status for reply in both]}")
+    if alone[0] != alone[1] and (both[0].text == alone[1] or both[1].text == alone[0]):
+        return unsafe("one of them gets the text of the other")
     if [reply.text for reply in both] != alone:
+        for _ in range(CONTROLS):
+            if [reply.text for reply in together("one", "another")] != alone:
+                return otherwise("two at once get other texts than alone, whatever their ids")
         return unsafe("their texts are not what each of them gets alone")
     ids = [(reply.json or {}).get("id") for reply in both]
     return passed() if ids[0] != ids[1] else otherwise("both answers have one id")

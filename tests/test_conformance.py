@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -307,6 +308,39 @@ def test_a_server_that_computes_all_answers_at_once_loses_none_of_them_to_the_cl
     found = [overload.sustained(target) for target in (fair, worse)]
     assert [one.kind for one in found] == [Kind.PASS, Kind.OTHERWISE], found
     assert overload.sustained(stand(http(503, b"")).target()) == otherwise("it serves none of 4 clients")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("of", "kind"), [(b"", Kind.OTHERWISE), (b"the-same", Kind.UNSAFE), (b"nobody", Kind.PASS)])
+def test_a_text_that_depends_on_who_else_is_served_is_not_blamed_on_equal_ids(stand, of: bytes, kind: Kind):
+    """of: those that get another text when two of them are served at once."""
+    lock, names, now = threading.Lock(), count(), []
+
+    def together(raw: bytes) -> bytes:
+        mine = [] if of not in raw else [raw]
+        with lock:
+            now.extend(mine)
+        time.sleep(0.2)
+        text = b"no!" if len(now) > 1 else b"yes"
+        time.sleep(0.2)
+        with lock:
+            for one in mine:
+                now.remove(one)
+        return http(200, b'{"id": "%d", "choices": [{"message": {"content": "%s"}}]}' % (next(names), text))
+
+    target = stand(together).target()
+    target.slow = 1.0
+    found = attempted(identity.equal_ids, target)
+    assert found.kind == kind, found
+
+
+@pytest.mark.slow
+def test_who_gets_the_text_of_another_is_served_unsafely(stand):
+    def mixed(raw: bytes) -> bytes:
+        first = (b"Count" in raw) != (b"the-same" in raw)
+        return SAYS_YES if first else SAYS_YES.replace(b"yes", b"no!")
+
+    assert identity.equal_ids(stand(mixed).target()) == unsafe("one of them gets the text of the other")
 
 
 # ---- a whole look
