@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib.util
-import re
 import socket
 import struct
 import time
@@ -11,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from conformance.judge import Verdict, each, otherwise, passed, refused, unsafe, unseen, worst
-from conformance.target import CHAT, Target, first_event
+from conformance.target import CHAT, Target, finished, first_event
 from conformance.transport import to_the_end
 from conformance.wire import PATIENCE_S, Hung, exchange, opened, sent
 
@@ -104,10 +103,6 @@ def half_close(target: Target) -> Verdict:
         if not closed:
             return otherwise("neither a reply nor an end within 30 s")
     return passed("given up, and nothing looks complete")
-
-
-def finished(raw: bytes) -> bool:
-    return re.search(rb'"finish_reason": ?"', raw) is not None
 
 
 def stops_reading(target: Target) -> Verdict:

@@ -1,5 +1,6 @@
 """One server that is looked at from outside: where it is, how it is asked, and whether it still lives."""
 
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -157,16 +158,27 @@ class Target:
         self.greedy, self.slow = reply.known_text, min(max(reply.took_s / PLAIN_S, 1.0), MOST_PATIENT)
         rate = GREEDY["max_tokens"] / max(reply.took_s, 1e-3)
         self.long_tokens = int(min(max(rate * BUSY_S, LONG_TOKENS[0]), LONG_TOKENS[1]))
-        with self.open_chat("Count to a hundred.", stream=True, max_tokens=64, **self.long) as connection:
-            first_event(connection, 120)
-            self.chat(patience_s=120, max_tokens=1)
-            connection.settimeout(0.0)
-            with suppress(BlockingIOError):
-                while piece := connection.recv(1 << 20):
-                    self.serial = b"finish_reason" in piece and b'"finish_reason":"' in piece.replace(b" ", b"")
+        self.serial = self.waits_its_turn()
         if self.process is not None:
             self.idle_after(60)
             self.rest_share = self.share(1.0)
+
+    def waits_its_turn(self) -> bool:
+        """Whether a plain request waits until a stream that began before it has ended.
+
+        That the stream has ended by then is not enough: a quick server is done with both in no time.
+        """
+        alone = self.chat(patience_s=120, max_tokens=1)
+        wishes = {"stream": True, "max_tokens": self.long_tokens // 3, **self.long}
+        with self.open_chat("Count to a hundred.", **wishes) as connection:
+            first_event(connection, 120)
+            beside = self.chat(patience_s=120, max_tokens=1)
+            connection.settimeout(0.0)
+            seen = b""
+            with suppress(OSError):  # no more for now
+                while piece := connection.recv(1 << 20):
+                    seen += piece
+        return finished(seen) and beside.took_s > 2 * alone.took_s
 
     def harm(self) -> str | None:
         """What is wrong with it now; None when it answers as it did at first."""
@@ -196,3 +208,8 @@ def told(wish: dict[str, Any]) -> str:
 def first_event(connection: Any, patience_s: float = PATIENCE_S) -> Reply:
     """Of a stream that has been asked for on this connection: until something was said."""
     return answer(connection, patience_s, until=lambda seen: b'"content"' in seen and seen.count(b"\n\n") >= 2)
+
+
+def finished(raw: bytes) -> bool:
+    """Whether an answer has come to its end."""
+    return re.search(rb'"finish_reason": ?"', raw) is not None

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -142,10 +142,13 @@ def test_of_several_verdicts_the_worst_counts_and_a_hang_ends_the_asking():
 # ---- probes, against servers that are good for nothing
 
 
+Said = bytes | Iterable[bytes] | None  # at once, or piece by piece
+
+
 class Stand:
     """A server that gives every request the same bytes. None: it says nothing. At most `most` connections, if given."""
 
-    def __init__(self, answer: bytes | Callable[[bytes], bytes | None] | None, most: int | None = None) -> None:
+    def __init__(self, answer: Said | Callable[[bytes], Said], most: int | None = None) -> None:
         self.answer, self.most, self.open = answer, most, []
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.thread = threading.Thread(target=self.serve, daemon=True)
@@ -172,7 +175,8 @@ class Stand:
             while len(raw) < min(wanted, 1 << 24) and (piece := connection.recv(1 << 20)):
                 raw += piece
             if (found := self.answer(raw) if callable(self.answer) else self.answer) is not None:
-                connection.sendall(found)
+                for piece in [found] if isinstance(found, bytes) else found:
+                    connection.sendall(piece)
                 connection.shutdown(socket.SHUT_WR)
         except OSError:
             pass
@@ -200,6 +204,7 @@ SAYS_YES = http(200, b'{"choices": [{"message": {"content": "yes"}}], "usage": {
 REFUSES = http(400, b'{"error": {"message": "no"}}')
 FAILS = http(500, b"Internal Server Error")
 KNOWS_ITSELF = http(200, b'{"data": [{"id": "it"}], "choices": [{"message": {"content": "yes"}}]}')
+EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 REFUSALS = (1, 2, 3, 10, 11, 13, 14, 28, 29, 35, 36, 39, 41, 42, 44, 48)  # of which every request must be a 400
 
 
@@ -341,6 +346,37 @@ def test_who_gets_the_text_of_another_is_served_unsafely(stand):
         return SAYS_YES if first else SAYS_YES.replace(b"yes", b"no!")
 
     assert identity.equal_ids(stand(mixed).target()) == unsafe("one of them gets the text of the other")
+
+
+def by_the_piece(raw: bytes) -> Iterator[bytes]:
+    """A stream of as many pieces as are wanted, one each millisecond. Any other answer takes a tenth of a second."""
+    if b'"stream": true' not in raw:
+        time.sleep(0.1)
+        yield SAYS_YES
+        return
+    yield EVENTS
+    wanted = re.search(rb'"max_tokens": (\d+)', raw)
+    for _ in range(int(wanted[1]) if wanted else 0):
+        yield b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
+        time.sleep(0.001)
+    yield b'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}\n\n'
+    time.sleep(0.01)
+    yield b'data: {"choices": [], "usage": {"prompt_tokens": 3}}\n\n'
+
+
+@pytest.mark.slow
+def test_who_computes_one_answer_after_the_other_is_told_from_who_is_quick(stand):
+    """The last piece alone decided, so that usage after the end hid it, and 64 tokens in no time looked like it."""
+    turn = threading.Lock()
+
+    def in_turn(raw: bytes) -> Iterator[bytes]:
+        with turn:
+            yield from by_the_piece(raw)
+
+    quick, serial = stand(by_the_piece).target(), stand(in_turn).target()
+    quick.meet()
+    serial.meet()
+    assert (quick.serial, serial.serial) == (False, True)
 
 
 # ---- a whole look
