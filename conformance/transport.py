@@ -88,6 +88,8 @@ def short_body(target: Target) -> Verdict:
             reply = answer(connection, 10.0)
         except Hung:
             return otherwise("the connection stays open")
+    if reply.status >= 500:
+        return unsafe(f"{reply.status}")
     return otherwise("200") if reply.status == 200 else passed()
 
 
