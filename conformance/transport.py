@@ -15,6 +15,7 @@ BAD_STATUS = (400,)
 SLOW_S = 40.0  # that a slow sender goes on at most: the matrix wants an end after 30 s
 PLAIN = "/health"  # for what is about headers and connections: all of them have it
 WAITS_S = 5.0  # for somebody who might go on reading, or answer
+OTHERS_S = 5.0  # that they wait at most while somebody is slow
 MIB = 1 << 20
 
 
@@ -104,22 +105,23 @@ def slow_body(target: Target) -> Verdict:
 
 def dripped(target: Target, begin: bytes, allowed_s: float) -> Verdict:
     """A letter a second, until the other side has enough of it; others are asked meanwhile."""
-    start, slowest = time.monotonic(), 0.0
+    start, slowest, verdict = time.monotonic(), 0.0, None
     with opened(target.place) as connection:
         sent(connection, begin)
         while (took := time.monotonic() - start) < min(SLOW_S, allowed_s + 5):
             if select.select([connection], [], [], 1.0)[0]:
                 reply = answer(connection, 2.0)
                 said = f"{reply.status} after {took:.0f} s" if reply.status else f"closed after {took:.0f} s"
-                return passed(said) if took < allowed_s else otherwise(said)
+                verdict = passed(said) if took < allowed_s else otherwise(said)
+                break
             with suppress(OSError):
                 connection.sendall(b"x")
             asked = time.monotonic()
             target.ask(PLAIN)
             slowest = max(slowest, time.monotonic() - asked)
-    if slowest > 5:
-        return unsafe(f"others wait for {slowest:.0f} s meanwhile")
-    return otherwise(f"still open after {took:.0f} s")
+    if slowest > OTHERS_S * target.slow:
+        return unsafe(f"others wait for {slowest:.3g} s meanwhile")
+    return verdict or otherwise(f"still open after {took:.0f} s")
 
 
 def nested(target: Target) -> Verdict:

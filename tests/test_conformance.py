@@ -379,6 +379,31 @@ def test_who_computes_one_answer_after_the_other_is_told_from_who_is_quick(stand
     assert (quick.serial, serial.serial) == (False, True)
 
 
+class OneAtATime(Stand):
+    """It serves one connection after the other, and gives a request that is not all there two seconds."""
+
+    turn = threading.Lock()
+
+    def one(self, connection: socket.socket) -> None:
+        with self.turn, connection, contextlib.suppress(OSError):
+            if connection.recv(1 << 20).endswith((b"\r\n\r\n", b"}")):
+                connection.sendall(self.answer)
+            else:
+                time.sleep(2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("probe", [transport.slow_headers, transport.slow_body])
+def test_who_lets_others_wait_for_a_slow_sender_and_then_closes_is_unsafe(probe: Callable[[Target], Verdict]):
+    """That it closed in time was all that counted."""
+    one = OneAtATime(SAYS_YES)
+    target = one.target()
+    target.slow = 0.1  # 2 s of patience, of which others may wait 0.5
+    found = attempted(probe, target)
+    one.close()
+    assert found.kind == Kind.UNSAFE and "others wait for" in found.says, found
+
+
 # ---- a whole look
 
 
