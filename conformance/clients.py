@@ -5,8 +5,9 @@ import importlib.util
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from conformance.judge import Verdict, each, otherwise, passed, refused, unsafe, unseen, worst
@@ -23,6 +24,9 @@ FILLS = 300_000  # bytes: more than the kernels of both sides take for a reader 
 LONG_PROMPT = 3000  # tokens, where the context is that long
 MIB = 1 << 20
 NOT_OURS = unseen("its process was not started here, so its CPU time and memory are not known")
+NO_STREAM = unseen("no long stream could be had")
+TOO_LITTLE = unseen("in that time it says too little to fill a connection")
+LINES = {"logprobs": True, "top_logprobs": 20}  # for each token
 
 
 def long_chat(target: Target, text: str = "Write a very long story.", **wishes: Any) -> socket.socket:
@@ -105,27 +109,39 @@ def half_close(target: Target) -> Verdict:
     return passed("given up, and nothing looks complete")
 
 
+@contextmanager
+def long_stream(target: Target, *forms: dict[str, Any]) -> Iterator[socket.socket | None]:
+    """A stream that has begun, for a reader with room for kilobytes; None where none of these forms is served."""
+    for form in forms:
+        wishes = {"stream": True, "max_tokens": target.long_tokens, **form, **target.long}
+        with target.open_chat("Write a very long story.", room=2048, **wishes) as connection:
+            if first_event(connection, 60 * target.slow).status == 200:
+                yield connection
+                return
+    yield None
+
+
 def stops_reading(target: Target) -> Verdict:
-    """An answer of megabytes, where it can be had, to a reader with room for kilobytes."""
-    before, lines = target.memory(), {"logprobs": True, "top_logprobs": 20}
-    for wishes in (lines | {"n": 2}, lines, {}):  # others still have a slot
-        body = {"stream": True, "max_tokens": target.long_tokens, **wishes, **target.long}
-        with target.open_chat("Write a very long story.", room=2048, **body) as connection:
-            if first_event(connection, 60 * target.slow).status != 200:
-                continue
-            slowest = others(target, SEND_TIMEOUT_S)
-            rest, closed = to_the_end(connection, 2.0)
-            break
-    else:
-        return unseen("no long stream could be had")
+    """An answer of megabytes, where it can be had."""
+    before = target.memory()
+    with long_stream(target, LINES | {"n": 2}, LINES, {}) as connection:  # others still have a slot
+        if connection is None:
+            return NO_STREAM
+        slowest = others(target, SEND_TIMEOUT_S)
+        rest, closed = to_the_end(connection, 2.0)
     grown = target.grown(before)
-    if closed and not finished(rest):
+    if cut_off(rest, closed):
         return passed("closed")
     if len(rest) < FILLS and (closed or target.share() > target.rest_share + 0.5):
-        return unseen(f"in that time it says too little ({len(rest) / 1e3:.0f} kB) to fill a connection")
+        return TOO_LITTLE
     waits = f"; others wait for up to {slowest:.0f} s" if slowest > 10 * target.slow else ""
     more = "" if grown is None else f", {grown / MIB:.0f} MiB more than before"
     return otherwise(f"not closed after {SEND_TIMEOUT_S:.0f} s{more}{waits}")
+
+
+def cut_off(rest: bytes, closed: bool) -> bool:
+    """Whether it was ended early. Where nothing is left to read it was short, and all of it came at once."""
+    return closed and rest != b"" and not finished(rest)
 
 
 def others(target: Target, seconds: float) -> float:
@@ -144,10 +160,9 @@ def others(target: Target, seconds: float) -> float:
 def byte_by_byte(target: Target) -> Verdict:
     """A few bytes a second for some seconds: nobody else may notice, and it may well go on."""
     before = target.memory()
-    with target.open_chat(
-        "Write a long story.", room=2048, stream=True, max_tokens=min(400, target.long_tokens), **target.long
-    ) as connection:
-        first_event(connection, 60 * target.slow)
+    with long_stream(target, LINES, {}) as connection:
+        if connection is None:
+            return NO_STREAM
         with ThreadPoolExecutor(1) as pool:
             asking = pool.submit(others, target, READS_S)
             while not asking.done():
@@ -155,9 +170,12 @@ def byte_by_byte(target: Target) -> Verdict:
                     connection.recv(1)
                 time.sleep(0.5)
             slowest = asking.result()
-    grown = target.grown(before)
+        grown = target.grown(before)
+        rest, closed = to_the_end(connection, 2.0, FILLS)
     if slowest > 10 * target.slow:
         return otherwise(f"others wait for {slowest:.0f} s meanwhile")
+    if len(rest) < FILLS and not cut_off(rest, closed):
+        return TOO_LITTLE
     if grown is None:
         return NOT_OURS
     return passed() if grown < 64 * MIB else otherwise(f"its memory grew by {grown / MIB:.0f} MiB")
@@ -228,7 +246,5 @@ def old_http(target: Target) -> Verdict:
     return passed() if "transfer-encoding" not in reply.headers else otherwise("chunks, which HTTP/1.0 does not know")
 
 
-PROBES = {
-    60: leaves_queue, 61: leaves, 62: storm, 63: half_close, 66: proxies, 67: openai_client,
-}  # fmt: skip
+PROBES = {60: leaves_queue, 61: leaves, 62: storm, 63: half_close, 66: proxies, 67: openai_client}
 PATIENT = {64: stops_reading, 65: byte_by_byte}

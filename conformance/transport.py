@@ -6,6 +6,7 @@ import select
 import socket
 import time
 from contextlib import suppress
+from math import inf
 
 from conformance.judge import Verdict, each, otherwise, passed, refused, unsafe
 from conformance.target import CHAT, Target
@@ -216,18 +217,18 @@ def compressed(target: Target) -> Verdict:
     return refused(target.ask(CHAT, bomb, "Content-Encoding: gzip"), 415, 400)
 
 
-def to_the_end(connection: socket.socket, patience_s: float = 20.0) -> tuple[bytes, bool]:
-    """(what came, whether the other side closed), until it closes or says nothing for so long."""
+def to_the_end(connection: socket.socket, patience_s: float = 20.0, most: float = inf) -> tuple[bytes, bool]:
+    """(what came, whether the other side closed), until it closes, says nothing for so long, or said so many bytes."""
     connection.settimeout(patience_s)
     found = b""
     try:
-        while piece := connection.recv(65536):
+        while len(found) < most and (piece := connection.recv(65536)):
             found += piece
     except TimeoutError:
         return found, False
     except OSError:
-        pass  # a reset is an end too
-    return found, True
+        return found, True  # a reset is an end too
+    return found, len(found) < most
 
 
 def ended(connection: socket.socket) -> bool:

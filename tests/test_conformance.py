@@ -404,6 +404,45 @@ def test_who_lets_others_wait_for_a_slow_sender_and_then_closes_is_unsafe(probe:
     assert found.kind == Kind.UNSAFE and "others wait for" in found.says, found
 
 
+def floods(raw: bytes, size: int) -> bytes:
+    """A stream of about so many bytes, at once."""
+    event = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
+    end = b'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}\n\n'
+    return EVENTS + event * (size // len(event)) + end if b'"stream": true' in raw else SAYS_YES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "grown", "kind", "says"),
+    [
+        (5_000, 0, Kind.UNSEEN, "too little"), (100_000, 0, Kind.UNSEEN, "too little"),
+        (2_000_000, 0, Kind.PASS, ""), (2_000_000, 65 << 20, Kind.OTHERWISE, "grew by 65 MiB"),
+        (2_000_000, None, Kind.UNSEEN, "memory are not known"),
+    ],
+)  # fmt: skip
+def test_a_reader_of_single_bytes_says_something_only_where_a_connection_is_full(
+    stand, monkeypatch, size: int, grown: int | None, kind: Kind, says: str
+):
+    """It read from 100 kB, which the kernel takes, so that no server's memory ever grew."""
+    monkeypatch.setattr(clients, "READS_S", 1.0)
+    monkeypatch.setattr(Target, "grown", lambda *_: grown)
+    found = attempted(clients.byte_by_byte, stand(lambda raw: floods(raw, size)).target())
+    assert found.kind == kind and says in found.says, found
+
+
+@pytest.mark.slow
+def test_who_serves_nobody_beside_a_reader_of_single_bytes_is_unsafe(stand, monkeypatch):
+    monkeypatch.setattr(clients, "READS_S", 1.0)
+    turn = threading.Lock()
+
+    def in_turn(raw: bytes) -> Iterator[bytes]:
+        with turn:
+            yield floods(raw, 2_000_000)
+
+    found = attempted(clients.byte_by_byte, stand(in_turn).target())
+    assert found == unsafe("it did not answer within 1.2 s")
+
+
 # ---- a whole look
 
 
