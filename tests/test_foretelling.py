@@ -4,11 +4,12 @@ import math
 import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from foretelling_kit import BUDGET, Law, Town, Wish, crowd, errors
 
 from service.foretelling import GOLDEN, LUCK, Foreteller, Lengths, Seat
-from service.rates import FORGETTING, HALF_LIFE_S, NOISE, Rates
+from service.rates import CERTAIN, FORGETTING, HALF_LIFE_S, NOISE, OUTLIER, SLOWEST, Rates
 
 
 def rates(**wishes) -> Rates:
@@ -223,6 +224,51 @@ def test_the_first_step_moves_it_most():
     assert known.doubt[0][2] == pytest.approx(
         (0.25 - 0.25 * sure / (sure + NOISE)) * (1 - FORGETTING) + 0.25 * FORGETTING
     )
+
+
+class ByMatrices:
+    """The same filter as textbooks write it: state x, covariance P, one observation h·x with noise."""
+
+    def __init__(self, known: Rates) -> None:
+        self.measured = np.array([known.step_s, known.each_s, 1 / known.prefill_tokens_s, known.read_s])
+        self.x, self.P, self.then_s = np.zeros(4), np.array(CERTAIN), 0.0
+
+    def costs(self, now_s: float) -> np.ndarray:
+        return self.measured * np.exp(self.x * 0.5 ** ((now_s - self.then_s) / HALF_LIFE_S))
+
+    def learn(self, now_s: float, tokens: int, answers: int, context: int, took_s: float) -> None:
+        self.x = self.x * 0.5 ** ((now_s - self.then_s) / HALF_LIFE_S)
+        self.then_s = now_s
+        parts = self.costs(now_s) * (1, answers, tokens - answers, context)
+        h = parts / parts.sum()
+        variance = h @ self.P @ h + NOISE
+        most = OUTLIER * math.sqrt(variance)
+        gain = self.P @ h / variance
+        self.x = (self.x + gain * np.clip(math.log(took_s / parts.sum()), -most, most)).clip(-SLOWEST, SLOWEST)
+        self.P = self.P - np.outer(gain, h @ self.P)
+        self.P = self.P + (np.array(CERTAIN) - self.P) * FORGETTING
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_is_the_filter_of_the_textbooks(seed: int):
+    dice, now = random.Random(seed), [0.0]
+    known = rates(clock=lambda: now[0])
+    book = ByMatrices(known)
+    for _ in range(60):
+        now[0] += dice.choice((0.1, 1.0, 200.0))
+        answers = dice.randrange(1, 17)
+        step = answers + dice.choice((0, 0, 200)), answers, dice.randrange(5000)
+        took_s = dice.choice((0.2, 1.0, 1.3, 40.0)) * known.as_measured(*step)
+        known.learn(*step[:2], took_s, step[2])
+        book.learn(now[0], *step, took_s)
+        assert known.slower == pytest.approx(book.x, abs=1e-9)
+        assert np.array(known.doubt) == pytest.approx(book.P, abs=1e-9)
+        now[0] += dice.choice((0.0, 150.0))
+        fixed, each, prompt_token, read = book.costs(now[0])
+        assert known.costs() == pytest.approx((fixed, each, prompt_token, read))
+        assert known.step(3, 700) == pytest.approx(fixed + 3 * each + 700 * read)
+        assert known.step(3) == pytest.approx(fixed + 3 * each) and known.prefill(50) == pytest.approx(50 * prompt_token)
+        assert known.drift == pytest.approx((fixed + each) / 0.11)
 
 
 def test_what_is_learned_stays_in_bounds():
