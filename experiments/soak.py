@@ -3,13 +3,14 @@
 A real serve.py is asked for hours at half of what it can do: chats and completions, streams and whole answers, several
 keys, shared beginnings, two answers to one prompt, nonsense, visitors who leave in the middle, connections that never
 ask, now and then a rush. From outside it is seen what its process holds; after every minute everybody goes home for a
-moment, and then files, threads and tasks must be as they were, and the service's books must hold every request.
+moment, and then files, threads and tasks must be as they were, and the service's books must hold every request. At last
+a second service is started, and the same visits are sent to both in turns: the old one must not be slower.
 
 By default the model is next to nothing: what a soak looks for is left behind by requests and not by arithmetic, and so
 some hundred times as many pass in the same hours. --model smollm2 soaks a real one.
 
     make soak                                     # two hours; Ctrl-C keeps what was measured
-    python3 -m experiments.soak --quick           # three minutes: too short for a verdict on memory, long enough to see
+    python3 -m experiments.soak --quick           # five minutes: too short for a verdict on memory, long enough to see
     python3 -m experiments.soak --minutes 30 --model smollm2 --figure --note
 """
 
@@ -27,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from lab import console, records, soak_judge, soak_plots, soak_tables
@@ -49,6 +50,7 @@ CLIENTS = 20  # more than there are slots: the most that it can do
 TURNS_OF_POOL = 1.2  # so often all of the memory for keys and values is written before it counts
 WORDS_KEPT = 12_000  # more than a tokenizer of this kind remembers (10,000, tokenizers' models/bpe)
 RUSH, RUSH_S = 3.0, 5.0  # times what it can do, for so long
+PAIR_S, AFTER_ALL = 30.0, 1_000_000  # a lap beside a new service, and the number of the first of them
 REST_S, REST_LOOKS = 0.5, 24
 PROBE = "Say what a cache is."
 
@@ -62,13 +64,14 @@ class SoakConfig(Recorded):
     lap: float = knob(60.0, "seconds between two moments without visitors", least=2.0, quick=15.0)
     look: float = knob(10.0, "seconds between two looks at the process", least=0.2, quick=2.0)
     rush: int = knob(10, "laps between two overloads of three times the most; 0 = none", least=0, quick=4)
+    pairs: int = knob(12, "laps of half a minute each for the old and a new service, in turns", least=0, quick=2)
     probe_s: float = knob(10.0, "seconds in which it is measured what the service can do", least=1.0, quick=5.0)
     max_new_tokens: int = knob(48, "new tokens of an answer at most", least=2)
     kv_memory: float = knob(0.0, f"GB for keys and values; 0 = {TINY_KV_GB:g} for tiny, else {KV_GB:g}", least=0)
     growth: float = knob(1.0, "MiB an hour that the memory may grow by", least=0.01)
     seed: int = knob(0, "of arrivals, visitors and prompts", least=0)
     figure: bool = knob(False, "draw memory, files, tasks and latencies over time")
-    quick: bool = knob(False, "a first look: three minutes")
+    quick: bool = knob(False, "a first look: five minutes")
 
 
 class Soak:
@@ -85,6 +88,7 @@ class Soak:
         self.visitors = Visitors(self.model, KEYS, config.max_new_tokens, config.seed)
         self.start_s, self.asked_before, self.doubtful = time.perf_counter(), Wire.asked, 0
         self.kinds: dict[str, Counter[str]] = {}
+        self.others: Counter[str] = Counter()  # ends of visits that were sent to both services
 
     # ---- before it counts
 
@@ -152,6 +156,19 @@ class Soak:
         finally:
             self.digest(lap, number, at)
 
+    def beside(self, runner: asyncio.Runner, new: "Soak") -> None:
+        """The same laps for this service and for a new one, in turns: A B, B A."""
+        count, seconds = self.config.pairs, min(PAIR_S, self.config.lap)
+        for number in console.progress(range(count), count, "beside a new one"):
+            visits = self.visitors.lap(AFTER_ALL + number, self.record["rate_per_s"], seconds)
+            pair: dict[str, dict[str, Any]] = {}
+            for name, url in (("old", self.url), ("new", new.url))[:: 1 if number % 2 == 0 else -1]:
+                lap = Lap()
+                runner.run(lap.run(url, visits))
+                self.others.update(became(one, trace) for one, trace in lap.ended)
+                pair[name] = latencies_of(lap)
+            self.record["pairs"].append(pair)
+
     def visits(self, number: int) -> list[Visit]:
         every, rate = self.config.rush, self.record["rate_per_s"]
         rushes = every and number % every == 0  # the first lap too: an overload is part of the warm-up
@@ -175,21 +192,28 @@ class Soak:
         rests.append(look)
 
     def digest(self, lap: Lap, number: int, at: float) -> None:
-        """A lap as numbers. Latencies: of those who asked sensibly and stayed, outside a rush."""
+        """A lap as numbers."""
         for one, trace in lap.ended:
             kind = "rush" if one.rush else one.kind
             self.kinds.setdefault(kind, Counter())[became(one, trace)] += 1
-        stayed = [(one, trace) for one, trace in lap.ended if one.kind in ("stream", "whole") and not one.rush]
-        whole = [(one, trace) for one, trace in stayed if became(one, trace) == "answered"]
-        first = [trace.ttft_s for one, trace in whole if one.kind == "stream" and trace.ttft_s is not None]
-        if whole:
-            self.visitors.usual_s = median(trace.e2e_s for _, trace in whole)
+        found = latencies_of(lap)
+        if found["e2e_s"]:
+            self.visitors.usual_s = found["e2e_s"]["p50"]
         anchors = [look["anchor_s"] for look in (*self.record["looks"], *self.record["rests"]) if look["at"] >= at]
-        self.record["laps"].append({
-            "number": number, "at": at, "asked": len(lap.ended), "stayed": len(stayed), "answered": len(whole),
-            "ttft_s": spread(first), "e2e_s": spread([trace.e2e_s for _, trace in whole]),
-            "anchor_s": mean(anchors) if anchors else None,
-        })  # fmt: skip
+        self.record["laps"].append(
+            {"number": number, "at": at, **found, "anchor_s": mean(anchors) if anchors else None}
+        )
+
+
+def latencies_of(lap: Lap) -> dict[str, Any]:
+    """Of those who asked sensibly and stayed, outside a rush."""
+    stayed = [(one, trace) for one, trace in lap.ended if one.kind in ("stream", "whole") and not one.rush]
+    whole = [(one, trace) for one, trace in stayed if became(one, trace) == "answered"]
+    first = [trace.ttft_s for one, trace in whole if one.kind == "stream" and trace.ttft_s is not None]
+    return {
+        "asked": len(lap.ended), "stayed": len(stayed), "answered": len(whole),
+        "ttft_s": spread(first), "e2e_s": spread([trace.e2e_s for _, trace in whole]),
+    }  # fmt: skip
 
 
 def home(look: dict[str, Any], before: dict[str, Any] | None) -> bool:
@@ -226,18 +250,23 @@ def soaked(
                 soak.prepare(runner)
                 with Watching(soak.outside, config.look, soak.start_s, record["looks"]):
                     soak.run(runner)
+                if config.pairs:
+                    with started(options, command) as young:
+                        new = Soak(config, new_record(config), young, lambda: None)
+                        new.prepare(runner)
+                        soak.beside(runner, new)
             except KeyboardInterrupt:
                 record["partial"] = True
             except (Ended, OSError) as error:  # of a connection: there is nobody to connect to
                 record |= {"partial": True, "ended": f"it ended after {soak.age_s():.0f} s: {error or 'no process'}"}
             record["kinds"] = {kind: dict(ends) for kind, ends in soak.kinds.items()}
-            record["ends"] = dict(sum(soak.kinds.values(), Counter()))
+            record["ends"] = dict(sum(soak.kinds.values(), soak.others))
 
 
 def new_record(config: SoakConfig) -> dict[str, Any]:
     record = records.new_record("soak", "soak", config, machine_card())
-    return record | {"laps": [], "looks": [], "rests": [], "probes": [None, None], "ready_s": None, "kinds": {},
-                     "ends": {}, "limit_bytes_per_hour": config.growth * soak_judge.MIB}  # fmt: skip
+    empty = {"laps": [], "looks": [], "rests": [], "pairs": [], "probes": [None, None], "ready_s": None}
+    return record | empty | {"kinds": {}, "ends": {}, "limit_bytes_per_hour": config.growth * soak_judge.MIB}
 
 
 def described(record: dict[str, Any]) -> dict[str, Any]:

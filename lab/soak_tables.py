@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from lab.soak_judge import MIB, Judged, Lap, Look, warm
+from lab.soak_judge import MIB, Judged, Lap, Look, Pair, warm
 from metrics import NONE, ms, number, table
 
 Record = dict[str, Any]
@@ -15,7 +15,8 @@ KINDS = {
 
 
 def sections(record: Record) -> list[str]:
-    return [ends_table(record), latency_table(record), held_table(record)]
+    found = [ends_table(record), latency_table(record), held_table(record)]
+    return [*found, pairs_table(record["pairs"])] if record["pairs"] else found
 
 
 def ends_table(record: Record) -> str:
@@ -44,12 +45,15 @@ def latency_table(record: Record) -> str:
     third = len(laps) // 3
     parts = {"first third": laps[:third], "second third": laps[third : len(laps) - third],
              "last third": laps[len(laps) - third :] if third else []}  # fmt: skip
-    rows = [(name, len(part), *latencies(part)) for name, part in parts.items() if part]
+    rows = [(name, len(part), *latencies(part), pace(part)) for name, part in parts.items() if part]
     columns = [("after the warm-up", "left"), ("laps", "right"), ("answers a lap", "right"), ("TTFT p50 (ms)", "right"),
-               ("p99", "right"), ("E2E p50 (ms)", "right"), ("p99", "right")]  # fmt: skip
+               ("p99", "right"), ("E2E p50 (ms)", "right"), ("p99", "right"), ("fixed work (ms)", "right")]  # fmt: skip
     few = [lap for lap in laps if lap["e2e_s"] and "p99" not in lap["e2e_s"]["certified"]]
     note = f" In {len(few)} of {len(laps)} laps there are too few answers for a certified p99." if few else ""
-    told = "Open loop; from due. Of each lap the percentile, of the laps the median." + note
+    told = (
+        "Open loop; from due. Of each lap the percentile, of the laps the median. Fixed work: a hash of 8 MiB in this "
+        f"client, by its own CPU time; it tells how fast the machine was.{note}"
+    )
     return f"### How long they waited\n\n{told}\n\n" + table(columns, rows)
 
 
@@ -60,6 +64,23 @@ def latencies(laps: Sequence[Lap]) -> list[str]:
         known = [lap[figure] for lap in laps if lap[figure]]
         cells += [ms(median(one[p] for one in known)) if known else NONE for p in ("p50", "p99")]
     return cells
+
+
+def pace(laps: Sequence[Lap]) -> str:
+    known = [lap["anchor_s"] for lap in laps if lap["anchor_s"]]
+    return ms(median(known)) if known else NONE
+
+
+def pairs_table(pairs: Sequence[Pair]) -> str:
+    told = (
+        "The same visits, sent to the old service and to one that had just started, in turns: what differs is age, and "
+        "not the machine, which changes in hours, too."
+    )
+    rows = [(name, len(pairs), *latencies([pair[key] for pair in pairs]))
+            for name, key in (("the old service", "old"), ("a new one", "new"))]  # fmt: skip
+    columns = [("service", "left"), ("laps", "right"), ("answers a lap", "right"), ("TTFT p50 (ms)", "right"),
+               ("p99", "right"), ("E2E p50 (ms)", "right"), ("p99", "right")]  # fmt: skip
+    return f"### Old and new\n\n{told}\n\n" + table(columns, rows)
 
 
 def held_table(record: Record) -> str:

@@ -218,16 +218,14 @@ async def busy(url: str, visits: Iterator[Visit], clients: int, seconds: float) 
 
 
 def became(one: Visit, trace: Trace) -> str:
-    """In a word: answered, refused (in a rush only: there is no room), left, turned away (as it should be), or what
-    went wrong.
-    """
+    """In a word: answered, refused (there was no room), left, turned away (as it should be), or what went wrong."""
     if trace.error == INTERRUPTED:
         return "left"
     if trace.error is not None:
         return f"failed: {trace.error.partition(':')[0]}"
     if one.kind == "nonsense" and trace.status == one.expects:
         return "turned away"
-    if one.rush and trace.status == 503:
+    if trace.status == 503:
         return "refused"
     if trace.complete and one.expects == 200:
         return "answered"

@@ -267,7 +267,9 @@ def test_it_is_the_filter_of_the_textbooks(seed: int):
         fixed, each, prompt_token, read = book.costs(now[0])
         assert known.costs() == pytest.approx((fixed, each, prompt_token, read))
         assert known.step(3, 700) == pytest.approx(fixed + 3 * each + 700 * read)
-        assert known.step(3) == pytest.approx(fixed + 3 * each) and known.prefill(50) == pytest.approx(50 * prompt_token)
+        assert known.step(3) == pytest.approx(fixed + 3 * each) and known.prefill(50) == pytest.approx(
+            50 * prompt_token
+        )
         assert known.drift == pytest.approx((fixed + each) / 0.11)
 
 

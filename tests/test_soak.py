@@ -47,7 +47,7 @@ def test_three_minutes_of_strangers_leave_nothing_behind(tmp_path, capsys):
     once: on a quiet machine that was after seconds, in which the service was still filling what it keeps.
     """
     file = tmp_path / "soak.jsonl"
-    argv = ["--minutes", "2.5", "--lap", "6", "--rush", "4", "--load", "0.8", "--json", str(file)]
+    argv = ["--minutes", "2.5", "--lap", "6", "--rush", "4", "--load", "0.8", "--pairs", "1", "--json", str(file)]
     status = soak.main([*SHORT, *argv])
     told = capsys.readouterr().out
     (record,) = read_lines(file)
@@ -61,6 +61,8 @@ def test_three_minutes_of_strangers_leave_nothing_behind(tmp_path, capsys):
         assert held[what].holds is True, held[what]
     ready = [one["bytes"] for one in record["rests"] if one["at"] >= record["ready_s"] > 0]
     assert median(ready[-3:]) - ready[0] < GROWN, ready
+    (pair,) = record["pairs"]
+    assert pair["old"]["asked"] == pair["new"]["asked"] > 100 and "### Old and new" in told, "the same for both"
     assert "-soak.png" in soak_plots.draw(record, tmp_path)
     ends, asked = record["kinds"], sum(record["ends"].values())
     assert asked > 1000 and record["rests"][-1]["at"] > 100
@@ -70,7 +72,7 @@ def test_three_minutes_of_strangers_leave_nothing_behind(tmp_path, capsys):
 
 
 def test_a_service_that_keeps_every_answer_is_found_out():
-    config = soak.SoakConfig(minutes=0.5, lap=4.0, look=0.5, rush=0, probe_s=2.0, max_new_tokens=12)
+    config = soak.SoakConfig(minutes=0.5, lap=4.0, look=0.5, rush=0, pairs=0, probe_s=2.0, max_new_tokens=12)
     record = soak.new_record(config)
     soak.soaked(config, record, command=(sys.executable, "-c", KEEPS_ALL))
     found = of(record)["RssAnon + VmSwap after the warm-up"]
@@ -92,7 +94,7 @@ def test_what_was_seen_of_a_service_that_is_killed_is_told(tmp_path, capsys, mon
     monkeypatch.setattr(soak.Soak, "__init__", noting)
     monkeypatch.setattr(soak.Soak, "visits", killed)
     file = tmp_path / "soak.jsonl"
-    status = soak.main([*SHORT, "--minutes", "5", "--lap", "4", "--rush", "0", "--json", str(file)])
+    status = soak.main([*SHORT, "--minutes", "5", "--lap", "4", "--rush", "0", "--pairs", "0", "--json", str(file)])
     (record,) = read_lines(file)
     assert status == 1 and record["partial"] and "it ended after" in record["ended"] and record["laps"]
     assert of(record)["the service is there to the end"].holds is False
@@ -110,7 +112,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(soak.Soak, "visits", interrupted)
     file = tmp_path / "soak.jsonl"
-    status = soak.main([*SHORT, "--minutes", "5", "--lap", "4", "--rush", "0", "--json", str(file)])
+    status = soak.main([*SHORT, "--minutes", "5", "--lap", "4", "--rush", "0", "--pairs", "0", "--json", str(file)])
     (record,) = read_lines(file)
     assert status == 130 and record["partial"] and len(record["laps"]) == 2
     assert sum(record["ends"].values()) == sum(lap["asked"] for lap in record["laps"]) > 0

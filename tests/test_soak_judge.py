@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from lab import soak_judge
-from lab.client import Trace
 from lab.soak_judge import MIB
-from load.mixed import Visit, became
 
 HOURS, EVERY_S = 2.0, 10.0
 
@@ -69,42 +67,31 @@ def test_too_few_looks_are_no_series():
     assert found.holds is None and found.measured == "5 looks; 12 are needed"
 
 
-def test_answers_that_get_slower_by_a_third_are_found_and_by_nothing_are_not():
-    dice = np.random.default_rng(0)
-    noisy = [0.1 * float(value) for value in np.exp(dice.normal(0, 0.05, 90))]
-    assert soak_judge.drift([lap(value) for value in noisy], "ttft_s").holds is True
-    slower = [value * (1 + 0.3 * (i >= 60)) for i, value in enumerate(noisy)]
-    assert soak_judge.drift([lap(value) for value in slower], "ttft_s").holds is False
+def pairs(ratio: float, noise: float, count: int = 12, seed: int = 0) -> list[dict]:
+    """A machine that becomes half as fast again meanwhile, and a service that is so many times as slow as a new one."""
+    dice = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        old, new = np.exp(dice.normal(0, noise, 2)) * 0.1 * (1 + 0.5 * i / count)
+        found.append({"old": lap(ratio * float(old)), "new": lap(float(new))})
+    return found
 
 
-def test_wild_latencies_get_no_verdict_and_are_told_how_many_more_laps_there_must_be():
-    dice = np.random.default_rng(0)
-    wild = [lap(0.1 * float(value)) for value in np.exp(dice.normal(0, 0.8, 30))]
-    found = soak_judge.drift(wild, "e2e_s")
+def test_a_service_that_is_a_third_slower_than_a_new_one_has_aged_whatever_the_machine_did():
+    assert soak_judge.aged(pairs(1.0, 0.03), "ttft_s").holds is True
+    assert soak_judge.aged(pairs(1.3, 0.03), "ttft_s").holds is False
+
+
+def test_wild_latencies_get_no_verdict_and_are_told_how_many_more_pairs_there_must_be():
+    found = soak_judge.aged(pairs(1.0, 0.8), "e2e_s")
     assert found.holds is None and "more rounds" in found.measured
 
 
-def test_laps_of_a_slow_machine_do_not_count_as_drift():
-    """The machine's clock changed: a fixed piece of work took half as long again, and so did every answer."""
-    laps = [lap(0.1) for _ in range(20)] + [lap(0.15, anchor_s=0.015) for _ in range(3)] + [lap(0.1) for _ in range(7)]
-    found = soak_judge.drift(laps, "ttft_s")
-    assert found.holds is True and "3 dropped" in found.measured
-
-
-@pytest.mark.parametrize("then, anchor_s", [(0.15, 0.015), (0.1, 0.005)])
-def test_a_machine_that_changed_for_good_gets_no_verdict(then: float, anchor_s: float):
-    """It is slower, and so is every answer; or twice as fast, and hides that the service has become twice as slow."""
-    found = soak_judge.drift([lap(0.1) for _ in range(20)] + [lap(then, anchor_s) for _ in range(10)], "ttft_s")
-    assert found.holds is None and "10 dropped" in found.measured
-
-
-def test_a_lap_in_which_nobody_looked_is_not_compared_and_one_without_answers_is_told():
-    laps = [lap(0.1) for _ in range(30)]
-    laps[3]["anchor_s"] = None
-    assert "1 dropped" in soak_judge.drift(laps, "e2e_s").measured
-    laps[-1]["e2e_s"] = None
-    found = soak_judge.drift(laps, "e2e_s")
-    assert found.holds is None and found.measured == "in 1 of 30 laps nobody was answered"
+def test_without_a_new_service_or_without_answers_there_is_no_verdict():
+    assert soak_judge.aged([], "e2e_s").holds is None
+    found = pairs(1.0, 0.03)
+    found[3]["new"]["e2e_s"] = None
+    assert soak_judge.aged(found, "e2e_s").measured == "in 1 of 12 pairs of laps nobody was answered"
 
 
 SILENT = {"ok": False, "at": 60.0, "scrape_s": 5.0}
@@ -114,7 +101,7 @@ def record_of(**other) -> dict:
     return {
         "laps": [lap(0.1) for _ in range(5)], "looks": [rest() | one for one in looks(0.0)], "ready_s": 0.0,
         "rests": [rest(), rest(60.0)], "limit_bytes_per_hour": MIB, "config": {"seed": 0}, "probes": ["a", "a"],
-        "kinds": {"stream": {"answered": 50}}, "ends": {"answered": 50}, "partial": False,
+        "kinds": {"stream": {"answered": 50}}, "ends": {"answered": 50}, "pairs": pairs(1.0, 0.03),
     } | other  # fmt: skip
 
 
@@ -128,12 +115,6 @@ def test_before_the_warm_up_has_ended_nothing_is_after_it():
     assert words(record_of())["RssAnon + VmSwap after the warm-up"] is True
 
 
-def test_a_lap_that_was_interrupted_says_nothing_of_drift():
-    laps = [lap(0.1) for _ in range(40)] + [lap(0.1) | {"ttft_s": None, "e2e_s": None}]
-    told = "p99 of TTFT, last third against first"
-    assert words(record_of(laps=laps))[told] is None and words(record_of(laps=laps, partial=True))[told] is True
-
-
 def test_a_service_that_ended_is_a_failure_and_so_is_one_that_does_not_answer_at_last():
     found = words(record_of(ended="it ended after 700 s: no process", rests=[rest(), SILENT]))
     assert found["the service is there to the end"] is False
@@ -142,12 +123,12 @@ def test_a_service_that_ended_is_a_failure_and_so_is_one_that_does_not_answer_at
     assert words(record_of(probes=["a", ""]))["a fixed prompt's answer (greedy), first against last"] is False
 
 
-@pytest.mark.parametrize("rush, word", [(True, "refused"), (False, "failed: 503 where 200 was due")])
-def test_only_who_comes_in_a_rush_may_be_refused(rush: bool, word: str):
-    """A service that refuses everybody for an hour leaves nothing behind, either."""
-    trace = Trace(due_s=0.0)
-    trace.status = 503
-    assert became(Visit(0.0, "stream", ("/v1/completions", "key"), {}, rush=rush), trace) == word
+def test_a_service_that_refuses_whom_it_could_serve_is_found_out():
+    """It leaves nothing behind, either, and is never slow."""
+    told = "who comes outside a rush is let in"
+    assert words(record_of(kinds={"stream": {"answered": 9990, "refused": 10}, "rush": {"refused": 90}}))[told] is True
+    assert words(record_of(kinds={"stream": {"answered": 9980, "refused": 20}}))[told] is False
+    assert words(record_of(kinds={}))[told] is False
 
 
 @pytest.mark.parametrize("name", ["files", "threads", "tasks"])
