@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         from lab import pulse_plots  # matplotlib takes a second
 
         sections.append(pulse_plots.draw(record))
+    record["printed"] = "\n\n".join(sections)  # what may be quoted of it, as it was shown
     status = console.conclude(config, record, page, sections)
     return status or (1 if found[0].holds is False else 0)  # the recovery; the targets are the reader's to judge
 

@@ -297,6 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         sections = [*soak_tables.sections(record), soak_tables.judged_table(found)]
         if config.figure:
             sections.append(soak_plots.draw(record))
+        record["printed"] = "\n\n".join(sections)  # what may be quoted of it, as it was shown
         status = console.conclude(config, record, page, sections)
     failed = any(one.holds is False for one in found)
     return 1 if "ended" in record else status or int(failed)
