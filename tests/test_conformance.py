@@ -437,7 +437,7 @@ def test_who_serves_nobody_beside_a_reader_of_single_bytes_is_unsafe(stand, monk
 
     def in_turn(raw: bytes) -> Iterator[bytes]:
         with turn:
-            yield floods(raw, 2_000_000)
+            yield floods(raw, 30_000_000)  # more than the kernel takes
 
     found = attempted(clients.byte_by_byte, stand(in_turn).target())
     assert found == unsafe("it did not answer within 1.2 s")

@@ -173,7 +173,7 @@ def test_b73_streams_that_wait_in_the_queue_of_a_replica_that_ends_are_answered_
         house.another() as balancer,
         ThreadPoolExecutor(1) as pool,
     ):  # one that gives both the same share from the start
-        streams = streams_on_both(balancer.port, n=SLOTS, max_tokens=9_000)  # all that runs at a time
+        streams = streams_on_both(balancer.port, n=SLOTS)  # all that runs at a time
         with streams.pop("replica-1") as cut, streams.pop("replica-2") as other:
             bodies = [chat_body(f"waits {i}", stream=True) for i in range(4)]
             waiting = pool.submit(asked_at_once, balancer.url, bodies)
@@ -281,7 +281,7 @@ def test_a_cut_connection_is_an_error_for_openais_client_and_the_end_of_a_raw_on
 
 def test_a_stream_that_still_waits_is_answered_elsewhere_when_its_replica_is_cut_off(house):
     with piped(house) as (pipe, balancer), ThreadPoolExecutor(1) as pool:
-        running = [stream_on(balancer.port, max_tokens=9_000)[0] for _ in range(2 * SLOTS)]
+        running = [stream_on(balancer.port)[0] for _ in range(2 * SLOTS)]
         waiting = pool.submit(asked_at_once, balancer.url, [chat_body(str(i), stream=True) for i in range(6)])
         until(lambda: house.figure("replica-1", "waiting") >= 1, "for one that waits there")
         pipe.cut()

@@ -508,7 +508,9 @@ def test_an_answer_that_cannot_be_told_after_all_ends_its_call(checkpoint_folder
         open_circuit(here)
         here.house.serving.relief.fallback.model = "模型"  # fits into no header
         assert here.chat(stream=True).status == 500
-        assert not here.house.serving.relief.fallback.calls and here.errors.pop()
+        assert not here.house.serving.relief.fallback.calls
+        here.until(lambda: here.errors)  # what the server logged
+        assert "UnicodeEncodeError" in here.errors.pop()
 
 
 def test_a_client_with_too_little_time_is_no_fault_of_the_other_server(checkpoint_folder):

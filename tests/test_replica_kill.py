@@ -194,6 +194,7 @@ def test_who_is_told_to_end_leaves_no_process_and_keeps_the_kill(checkpoint_fold
         assert all(one["error"] != "interrupted" for one in record["requests"])
     finally:
         process.kill()
+        process.communicate()
         for pid in seen:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

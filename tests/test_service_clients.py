@@ -195,14 +195,15 @@ def test_b62_a_storm_of_connections_that_are_reset_leaves_nothing_behind(checkpo
         assert here.outcomes()["cancelled"] > 20
 
 
-def test_b62_a_stream_that_nobody_ever_began_to_read_gives_its_place_back(checkpoint_folder):
-    """The first answer of two fills the connection, so that the second cannot even be begun."""
+def test_b62_behind_an_answer_that_nobody_reads_nothing_is_begun(checkpoint_folder):
     with served(checkpoint_folder, max_running=6) as here:
         connection = slow_reader(here, **BIG | {"stream": False})
         connection.sendall(raw_request(CHAT, chat_body("second", stream=True, max_tokens=2)))
-        here.until(lambda: here.received == 3 and here.admission.inside)
+        mine = other_end(here, connection).get_protocol()
+        here.until(lambda: mine.to_start is not None, "for the second one's turn")
+        assert here.received == 2 and not here.admission.inside
         connection.close()
-        here.until(lambda: not here.admission.inside, "for the second one's place to be free")
+        here.until(lambda: mine.to_start is None)
 
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"

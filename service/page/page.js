@@ -227,8 +227,9 @@ function listen() {
     send();
   });
   find("#send").addEventListener("click", (event) => {
-    if (event.detail > 1) event.preventDefault(); // the second half of a double click must not undo the first one
-    else running?.abort();
+    // Stop has become Send before the browser acts on the click: it would send what has been typed meanwhile.
+    if (running || event.detail > 1) event.preventDefault();
+    if (event.detail < 2) running?.abort(); // the second half of a double click must not stop what the first began
     home();
   });
   box.addEventListener("input", grow);
