@@ -169,7 +169,7 @@ def test_who_is_told_to_end_leaves_no_process_and_keeps_the_kill(checkpoint_fold
     (tmp_path / "haproxy").write_text(PAGE)
     (tmp_path / "haproxy").chmod(0o755)
     record_file, seen = tmp_path / "record.jsonl", {}
-    wishes = ["--kills", "1", "--period", "8", "--dead", "0.1", "--rate", "5", "--kv-memory", "0.02",
+    wishes = ["--kills", "1", "--period", "20", "--dead", "0.1", "--rate", "5", "--kv-memory", "0.02",
               "--model", str(checkpoint_folder), "--json", str(record_file)]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.replica_kill", *wishes], cwd=ROOT, stdout=subprocess.DEVNULL,
