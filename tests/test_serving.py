@@ -208,7 +208,7 @@ def test_scheduling_from_the_command_line(checkpoint_folder, tmp_path, capsys):
         == ("keeps every chat waiting" in page)
         == ("no verdict on budgets" not in page)
     )
-    late = whole | {"token_s": [[0.001, 0.002]] * 3 + whole["token_s"][3:]}
+    late = whole | {"token_s": [[1e-6, 2e-6]] * 3 + whole["token_s"][3:]}
     assert not scheduling_tables.disturbed(late)
     assert "no verdict" in scheduling_tables.about_budgets(record | {"trials": [late | {"way": "whole prompts"}]})[0]
 

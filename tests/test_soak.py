@@ -51,8 +51,9 @@ def test_three_minutes_of_strangers_leave_nothing_behind(tmp_path, capsys):
     status = soak.main([*SHORT, *argv])
     told = capsys.readouterr().out
     (record,) = read_lines(file)
-    failed = [sentence for sentence in record["verdicts"] if ": FAILS (" in sentence and not sentence.startswith("p99")]
-    assert not failed, failed  # the latencies of a busy machine are not judged here
+    failed = [sentence for sentence in record["verdicts"] if ": FAILS (" in sentence]
+    failed = [one for one in failed if not one.startswith(("p99", "who comes outside a rush"))]
+    assert not failed, failed  # what a busy machine has time for is not judged here
     assert status in (0, 1) and "### What its process held" in told
     held = of(record)
     for what in ("open files", "threads", "asyncio tasks", "the service's outcomes add up to the requests",

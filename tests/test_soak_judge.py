@@ -83,8 +83,9 @@ def test_a_service_that_is_a_third_slower_than_a_new_one_has_aged_whatever_the_m
 
 
 def test_wild_latencies_get_no_verdict_and_are_told_how_many_more_pairs_there_must_be():
-    found = soak_judge.aged(pairs(1.0, 0.8), "e2e_s")
-    assert found.holds is None and "more rounds" in found.measured
+    found = [soak_judge.aged(pairs(1.0, 0.8, seed=seed), "e2e_s") for seed in range(100, 120)]
+    open_ones = [one for one in found if one.holds is None]
+    assert len(open_ones) >= 17 and all("more rounds" in one.measured for one in open_ones)
 
 
 def test_without_a_new_service_or_without_answers_there_is_no_verdict():
