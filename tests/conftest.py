@@ -37,6 +37,22 @@ def browser():
         opened.close()
 
 
+@pytest.fixture
+def stand():
+    """stand(answer) is a stand-in for a server; all of them end with the test."""
+    from stand_kit import Stand
+
+    made = []
+
+    def make(*arguments) -> Stand:
+        made.append(Stand(*arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
 def tiny_config(family: str, **sizes: int):
     from transformers import GPT2Config, LlamaConfig
 
