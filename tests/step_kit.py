@@ -46,3 +46,10 @@ def settled(here: Served) -> list[dict[str, Any]]:
     here.server.loop.call_soon_threadsafe(done.set)
     assert done.wait(5)
     return here.lines()
+
+
+def break_engine(here: Served) -> None:
+    """Every request fails, until there were twenty: the probe of the test kit went well."""
+    one, here.runner.one = here.runner.one, lambda _part: RuntimeError("broken")
+    assert {here.chat(f"number {i}").status for i in range(19)} == {500}
+    here.runner.one = one
