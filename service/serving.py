@@ -125,7 +125,7 @@ class Serving:
         drawn = estimate + n * new
         self.limits.draw(key, drawn)
         self.step_aside(life)
-        left_s = life.start_s + patience_s - self.clock()  # its body took some of it
+        left_s = max(life.start_s + patience_s - self.clock(), 0.0)  # its body took some of it
         permit = self.relief.engine.permit()
         try:
             if permit is None:
