@@ -60,13 +60,11 @@ class Outside:
         """Bytes, open files and threads of the process. Ended when there is none."""
         try:
             lines = (line.partition(":") for line in (self.folder / "status").read_text().splitlines())
-        except OSError as error:
+            said = {name: value.split() for name, _, value in lines}
+            kib = int(said["RssAnon"][0]) + int(said.get("VmSwap", ["0"])[0])
+            files = sum(1 for _ in (self.folder / "fd").iterdir())
+        except (OSError, KeyError) as error:  # KeyError: it has ended, and nobody has asked for its status yet
             raise Ended from error
-        said = {name: value.split() for name, _, value in lines}
-        if "RssAnon" not in said:  # it has ended, and its status has not been asked for
-            raise Ended
-        kib = int(said["RssAnon"][0]) + int(said.get("VmSwap", ["0"])[0])
-        files = sum(1 for _ in (self.folder / "fd").iterdir())
         return {"bytes": kib << 10, "files": files, "threads": int(said["Threads"][0])}
 
     def kv_tokens(self) -> int:
