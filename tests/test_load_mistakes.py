@@ -1,7 +1,5 @@
 """The load generators' mistakes are made on purpose, and the right figure beside them is the true one."""
 
-from statistics import median
-
 import pytest
 
 from experiments import load_mistakes, mistakes
@@ -26,7 +24,7 @@ def test_load_mistakes_are_made_and_told(checkpoint_folder, tmp_path, capsys, mi
 
 def test_the_queue_that_a_late_sender_hides():
     sample = load_mistakes.late_sender(None, None, None, 0)
-    assert median(sample["from_sent"]) < 3 * load_mistakes.ANSWER_S
+    assert sorted(sample["from_sent"])[-3] < 3 * load_mistakes.ANSWER_S, "a machine may stand still twice"
     assert sample["from_due"][-1] > 0.5  # 24 answers of 0.1 s, due within 1.6 s
 
 

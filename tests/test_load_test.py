@@ -124,8 +124,10 @@ def test_a_rate_at_which_more_and_more_are_in_flight_keeps_no_limit(monkeypatch)
 
 def test_a_sweep_asks_more_of_more_clients(url):
     runs = recorded(url, "--sweep", "--requests", "8")["runs"]
-    asked = [run["load"]["concurrency"] for run in runs]
-    assert len(asked) >= 2 and asked == [2**i for i in range(len(asked))], "until more clients bring no more"
+    assert [run["load"]["concurrency"] for run in runs] == [2**i for i in range(len(runs))]
+    rates = [run["figures"]["output_tokens_per_s"] for run in runs]
+    more = [rate >= 1.05 * max(rates[:i], default=0.0) for i, rate in enumerate(rates)]
+    assert len(runs) > 2 and more == [True] * (len(runs) - 1) + [False], "until more clients bring no more"
     for run in runs:
         clients = run["load"]["concurrency"]
         assert len(run["requests"]) >= 4 * clients or clients == 1
