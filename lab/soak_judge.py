@@ -116,8 +116,8 @@ def memory(looks: Sequence[Look], limit: float = GROWTH_PER_HOUR, seed: int = 0)
 def aged(pairs: Sequence[Pair], figure: str, percent: str = "p99", limit: float = DRIFT) -> Judged:
     """The old service against one that has just started, which were sent the same visits in turns.
 
-    Not its last hours against its first ones: in two hours a machine changes, too. (One became a fifth slower once, and
-    so did every answer; a service that started then was as slow as the old one.)
+    Not its last hours against its first ones: in two hours a machine changes, too. (One became slower once, and so did
+    every answer; a service that started then was as slow as the old one.)
     """
     what, said = f"{percent} of {NAMES[figure]}, in turns with a new service", f"less than {limit:.0%} slower"
     silent = sum(not (pair["old"][figure] and pair["new"][figure]) for pair in pairs)
