@@ -25,7 +25,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -251,16 +251,24 @@ def soaked(
                 with Watching(soak.outside, config.look, soak.start_s, record["looks"]):
                     soak.run(runner)
                 if config.pairs:
-                    with started(options, command) as young:
-                        new = Soak(config, new_record(config), young, lambda: None)
-                        new.prepare(runner)
-                        soak.beside(runner, new)
+                    compare(soak, runner, options, command)
             except KeyboardInterrupt:
                 record["partial"] = True
             except (Ended, OSError) as error:  # of a connection: there is nobody to connect to
                 record |= {"partial": True, "ended": f"it ended after {soak.age_s():.0f} s: {error or 'no process'}"}
             record["kinds"] = {kind: dict(ends) for kind, ends in soak.kinds.items()}
             record["ends"] = dict(sum(soak.kinds.values(), soak.others))
+
+
+def compare(soak: Soak, runner: asyncio.Runner, options: Sequence[str], command: Sequence[str]) -> None:
+    """With a service that has just started. Where none starts there is no verdict on age, and all others stay."""
+    try:
+        with started(options, command) as service:
+            new = Soak(soak.config, new_record(soak.config), service, lambda: None)
+            new.prepare(runner)
+            soak.beside(runner, new)
+    except UserError as why:
+        console.warn(f"there is no new service to compare with: {why}")
 
 
 def new_record(config: SoakConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 
-from config import ROOT
+from config import ROOT, UserError
 from experiments import soak
 from lab import soak_judge, soak_plots
 from lab.records import read_lines
@@ -101,6 +101,24 @@ def test_what_was_seen_of_a_service_that_is_killed_is_told(tmp_path, capsys, mon
     assert of(record)["the service is there to the end"].holds is False
     assert "the service is there to the end: FAILS" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [file], "what was kept meanwhile has gone"
+
+
+def test_a_new_service_that_does_not_start_costs_the_old_one_nothing(tmp_path, capsys, monkeypatch):
+    start, starts = soak.started, []
+
+    def only_once(*arguments):
+        starts.append(arguments)
+        if len(starts) > 1:
+            raise UserError("serve.py did not start.")
+        return start(*arguments)
+
+    monkeypatch.setattr(soak, "started", only_once)
+    file = tmp_path / "soak.jsonl"
+    soak.main([*SHORT, "--minutes", "0.1", "--lap", "3", "--rush", "0", "--pairs", "1", "--json", str(file)])
+    (record,) = read_lines(file)
+    assert len(starts) == 2 and record["laps"] and record["pairs"] == [] and not record["partial"]
+    assert "no new service to compare with: serve.py did not start." in capsys.readouterr().err
+    assert of(record)["p99 of E2E, in turns with a new service"].holds is None
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
