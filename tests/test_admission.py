@@ -307,13 +307,16 @@ def test_a_refusal_says_in_numbers_what_is_full_and_when_to_come_back():
     assert found.details["predicted_wait_s"] == pytest.approx(20 * 0.12 + 0.01, abs=0.01)
     house = books(slots=1, queued=9, patience_s=2.0)
     running(house, delivered=1, new=20)
-    assert said(refused(house, "wait"))[-1].startswith("The server holds all it can for now (1 requests")
+    found = refused(house, "wait", deadline_s=9.0)
+    assert said(found)[-1].startswith("The server holds all it can for now (1 requests")
+    assert found.details["deadline_s"] == 9.0
     house = books(slots=1, queued=9)
     running(house, new=10)
     enter(house)
     house.retried.extend([True] * 10)
-    found = refused(house, "retries", retry=True)
+    found = refused(house, "retries", retry=True, deadline_s=9.0)
     assert "others wait, one in 10 may be such (2 requests" in said(found)[-1]
+    assert found.details["deadline_s"] == 9.0
 
 
 def test_a_deadline_is_refused_with_what_it_would_take():
@@ -413,6 +416,24 @@ def test_a_count_above_the_estimate_never_lifts_the_sum_above_its_limit():
     house.leave(second)
     house.correct(first, 5000, 1)  # alone, one may be larger than all there is
     assert house.tokens == 5001
+
+
+def test_a_longer_answer_than_was_let_in_finds_no_room_either():
+    house = books(tokens=300)
+    enter(house, prompt=100, new=100)
+    ticket = enter(house, prompt=50, new=50)
+    with pytest.raises(ApiError):
+        house.correct(ticket, 50, 51)
+    assert house.tokens == 300
+
+
+def test_whose_answer_is_done_takes_no_place_while_it_is_read():
+    house = books(slots=1, queued=0, tokens=300)
+    ticket = running(house, prompt=100, new=200)
+    refused(house, "requests")
+    house.is_done(ticket)
+    assert ticket.done and (house.answers, house.tokens, house.inside) == (0, 0, [ticket])
+    enter(house, prompt=100, new=200)
 
 
 def test_one_key_cannot_take_all_tokens_either():

@@ -136,6 +136,15 @@ def test_headers_are_openais_to_the_letter():
     assert tokens_only.known_headers("key").keys() == {name for name in told if name.endswith("tokens")}
 
 
+def test_an_error_is_told_with_the_limits_of_its_key_and_stays_as_it_was():
+    limits, _ = rates(requests=3)
+    limits.draw("key", 1)
+    error = ApiError(503, "server_overloaded", "Full.", headers={"x-degraded": "none"})
+    assert limits.told_with(error, "key").headers == limits.headers("key") | {"x-degraded": "none"}
+    assert limits.told_with(error, "another").headers == error.headers == {"x-degraded": "none"}
+    assert limits.told_with(error, "key").message == "Full."
+
+
 def refusal(limits: RateLimits, tokens: int) -> ApiError:
     with pytest.raises(ApiError) as why:
         limits.draw("key", tokens)
