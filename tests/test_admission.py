@@ -41,7 +41,7 @@ class Fake:
 
 def rates() -> Rates:
     """A step takes 0.1 s and 0.01 s for each answer; 1,000 prompt tokens take a second."""
-    return Rates(0.1, 0.01, 1000.0)
+    return Rates(0.1, 0.01, 1000.0, clock=lambda: 0.0)
 
 
 def books(slots=2, queued=2, tokens=10_000, patience_s=1e6, keys=1, jitter=lambda: 1.0) -> Admission:

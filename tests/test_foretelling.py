@@ -13,8 +13,11 @@ from service.rates import CERTAIN, FORGETTING, HALF_LIFE_S, NOISE, OUTLIER, SLOW
 
 
 def rates(**wishes) -> Rates:
-    """A step takes 0.1 s, 10 ms for each answer, 1 ms for each prompt token, and 0.1 ms for each token of context."""
-    return Rates(**({"step_s": 0.1, "each_s": 0.01, "prefill_tokens_s": 1000.0, "read_s": 1e-4} | wishes))
+    """A step takes 0.1 s, 10 ms for each answer, 1 ms for each prompt token, and 0.1 ms for each token of context. The
+    clock stands still: what is learned is forgotten with time.
+    """
+    known = {"step_s": 0.1, "each_s": 0.01, "prefill_tokens_s": 1000.0, "read_s": 1e-4, "clock": lambda: 0.0}
+    return Rates(**(known | wishes))
 
 
 def teller(slots=2, budget=100, age_s=None) -> Foreteller:
