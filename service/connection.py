@@ -41,7 +41,6 @@ class Connection(HttpToolsProtocol):
     at_once: Callable[[dict], tuple[int, dict[str, str], bytes] | None]
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
         self.reading_body = False
         self.deaf = False  # it has been answered for the last time: what still comes is read and thrown away
         self.header_bytes = self.body_bytes = 0  # as they come; of a body with its chunks' heads and trailers
@@ -51,6 +50,7 @@ class Connection(HttpToolsProtocol):
         self.lingers = False  # it was turned away, and may read why
         self.in_feed = False  # the parser is at work: whether a body follows is not known yet
         self.answering: Any = None  # the cycle that runs; self.cycle is the latest one, which may wait behind it
+        super().connection_made(transport)  # from here on others can see it
         self.expect_headers()
         transport.set_write_buffer_limits(high=SEND_BUFFER)
         sock = transport.get_extra_info("socket")

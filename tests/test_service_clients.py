@@ -196,8 +196,7 @@ def test_b62_a_storm_of_connections_that_are_reset_leaves_nothing_behind(checkpo
 
 
 def test_b62_behind_an_answer_that_nobody_reads_nothing_is_begun(checkpoint_folder):
-    with served(checkpoint_folder, max_running=6) as here:
-        connection = slow_reader(here, **BIG | {"stream": False})
+    with served(checkpoint_folder, max_running=6) as here, slow_reader(here, **BIG | {"stream": False}) as connection:
         connection.sendall(raw_request(CHAT, chat_body("second", stream=True, max_tokens=2)))
         mine = other_end(here, connection).get_protocol()
         here.until(lambda: mine.to_start is not None, "for the second one's turn")
