@@ -64,7 +64,7 @@ def test_b70_neighbours_of_the_poison_lose_one_step_and_never_their_good_name(he
     for second in (False, True):
         here.runner.hold()
         with_it = [here.later(here.chat, text, max_tokens=8) for text in alone]
-        here.until(lambda: len(here.jobs) == 3)  # the step that waits is theirs: with the poison in it none would
+        here.until(lambda: here.bridge.engine.scheduler.running)  # a step of theirs waits: with the poison none would
         with_it.append(here.later(here.chat, POISON, max_tokens=8))
         here.until(lambda: len(here.jobs) == 4)
         here.until(lambda: here.bridge.engine.inbox or len(here.bridge.engine.answers) > 1)
