@@ -2,7 +2,8 @@
 
 Predicted is what the service said when it let a request in; real is the time from then to its first token, both as its
 log has them. The error is their difference as a part of the real wait, waits below 50 ms counted as 50 ms. What the
-service learns from comes before: the requests that its capacity is found with. Answers end where the model ends them.
+service learns from comes before: the requests that its capacity is found with. Answers end where the model ends them,
+which nobody knows when they begin; and once as late as they may, which leaves what can be known.
 """
 
 import json
@@ -32,17 +33,24 @@ MOST_NEW = (16, 32, 64, 96)
 
 
 def claims(config: PromptConfig) -> list[Claim]:
-    return [judged(config, "as it is"), judged(config, f"--max-tokens {SHORT_STEPS}", "--max-tokens", str(SHORT_STEPS))]
+    return [
+        judged(config, "as it is"),
+        judged(config, "every answer as long as it may be", ignore_eos=True),
+        judged(config, f"--max-tokens {SHORT_STEPS}", "--max-tokens", str(SHORT_STEPS)),
+    ]
 
 
-def judged(config: PromptConfig, how: str, *options: str) -> Claim:
+def judged(config: PromptConfig, how: str, *options: str, ignore_eos: bool = False) -> Claim:
     """One service, all loads."""
     cells = {}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         service = OurService(config.model, "--log-file", str(log), *options)
         try:
-            chats, url = Chats(service.get("/v1/models")["data"][0]["id"]), service.url + "/v1/chat/completions"
+            chats, url = (
+                Chats(service.get("/v1/models")["data"][0]["id"], ignore_eos),
+                service.url + "/v1/chat/completions",
+            )
             rate = found_rate(client.closed_loop(url, chats.some(FIRST), service.get("/capacity")["slots"]))
             seconds = 15.0 if config.quick else 45.0
             plans = {f"load {load:g}": schedule("poisson", max(int(load * rate * seconds), 10), load * rate, seed)
@@ -58,10 +66,12 @@ def judged(config: PromptConfig, how: str, *options: str) -> Claim:
 
 
 class Chats:
-    """One to ten questions at once, each chat beginning differently; answers of at most 16 to 96 tokens."""
+    """One to ten questions at once, each chat beginning differently; answers of at most 16 to 96 tokens. ignore_eos: of
+    so many.
+    """
 
-    def __init__(self, model: str) -> None:
-        self.model, self.dice, self.count = model, random.Random(0), 0
+    def __init__(self, model: str, ignore_eos: bool) -> None:
+        self.model, self.ignore_eos, self.dice, self.count = model, ignore_eos, random.Random(0), 0
 
     def some(self, count: int) -> list[dict[str, Any]]:
         return [self.one() for _ in range(count)]
@@ -72,6 +82,7 @@ class Chats:
         return {
             "model": self.model, "messages": [{"role": "user", "content": f"{self.count}. {asked}"}],
             "max_tokens": self.dice.choice(MOST_NEW), "temperature": 0.8, "seed": self.count, "stream": True,
+            "ignore_eos": self.ignore_eos,
         }  # fmt: skip
 
 

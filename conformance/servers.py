@@ -166,7 +166,8 @@ def llama_server(model: Weights) -> Target:
     found = (path for path in place.rglob("llama-server") if path.is_file() and os.access(path, os.X_OK))
     program, port = next(found, place / "llama-server"), free_port()
     command = [program, "-m", model.gguf, "-np", SLOTS, "-c", SLOTS * model.context, "--host", "127.0.0.1",
-               "--port", port, "--metrics", "--jinja", "--api-key", ",".join(KEYS)]  # fmt: skip
+               "--port", port, "--metrics", "--jinja", "--api-key", ",".join(KEYS),
+               "--no-repack"]  # fmt: skip # slower, but it starts where AMX is announced and cannot be used
     with ExitStack() as undo:
         process = started(undo, "llama-server", command, port, LD_LIBRARY_PATH=str(program.parent))
         name = first_model("llama-server", port, KEYS[0])

@@ -245,7 +245,7 @@ def note_text(record: dict[str, Any], tables: str, observations: str) -> str:
         "Hardware": "{CPU}; {Cores}; RAM {RAM}; GPU {GPU}".format(**record["card"]),
         "Model": f"{model['name']} @ {model['dtype']} on {model['device']} ({model['origin']}, hash {model['hash']})",
         "Prompt": f"{json.dumps(record['prompt'], ensure_ascii=False)} ({record['prompt_tokens']} tokens)",
-        "Max tokens": run["max_new_tokens"],
+        "Max tokens": run.get("max_new_tokens", "–"),
         "Batch policy": record["batch_policy"],
         "KV cache": record["kv_cache"],
         "GPU utilisation": record["gpu_utilisation"],

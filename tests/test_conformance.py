@@ -204,12 +204,14 @@ def test_a_server_that_names_no_model_leaves_neither_a_process_nor_its_keys(monk
 def test_a_server_by_its_address_is_looked_at_and_recorded(stand, capsys, tmp_path):
     one = stand(strict)
     url = "http://{}:{}".format(*one.socket.getsockname())
-    out = tmp_path / "out.jsonl"
-    assert main(["--url", url, "--name", "mine", "--cases", "1,2,4", "--json", str(out)]) == 0
+    out, notes = tmp_path / "out.jsonl", tmp_path / "notes.md"
+    told = ["--json", str(out), "--note", "as hoped", "--notes-file", str(notes)]
+    assert main(["--url", url, "--name", "mine", "--cases", "1,2,4", *told]) == 0
     page = capsys.readouterr().out
     assert "| mine     |" in page and "3 of 3" in page and "mine, from outside: 3 of 3 cases" in page
     record = json.loads(out.read_text())
     assert record["looks"]["mine"]["1"] == {"kind": "pass", "says": ""} and record["suite"] == {}
+    assert "mine, from outside: 3 of 3 cases" in notes.read_text() and record["id"] in notes.read_text()
 
 
 @pytest.mark.slow
