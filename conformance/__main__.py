@@ -134,9 +134,9 @@ def starts(config: ConformanceConfig) -> list[tuple[Callable[[], Target], bool]]
 def sections(mine: dict[int, Found], looked: dict[str, dict[int, Verdict]]) -> list[str]:
     found = []
     if mine:
-        found += ["## This service, by its own tests", tables.suite_card(mine), tables.suite_rest(mine)]
+        found += ["### This service, by its own tests", tables.suite_card(mine), tables.suite_rest(mine)]
     if looked:
-        found += ["## From outside, over HTTP", tables.looks_totals(looked), tables.looks_card(looked)]
+        found += ["### From outside, over HTTP", tables.looks_totals(looked), tables.looks_card(looked)]
         found += [tables.looks_rest(server, verdicts) for server, verdicts in looked.items()]
         found += [tables.unseen_reasons(looked)]
     return [section for section in found if section]
