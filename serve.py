@@ -39,6 +39,10 @@ from service.settings import ServeConfig
 from weights.find import find
 from weights.room import rooms
 
+# For how long whoever computes in Python may keep the others waiting. The engine's thread asks for the interpreter after
+# every pass through native code: with Python's own 5 ms, those who come and go would take a tenth of its time and more.
+SWITCH_S = 0.0005
+
 
 def main() -> int:
     settings = ServeConfig.from_cli(__doc__)
@@ -52,6 +56,7 @@ def main() -> int:
     if settings.host not in ("127.0.0.1", "localhost", "::1") and not house.keys.hashes:
         console.warn(f"{settings.host} is open to others and no key is asked for: set LLM_INFER_API_KEY.")
     app = make_app(house)
+    sys.setswitchinterval(SWITCH_S)
     gc.collect()
     gc.freeze()  # what is loaded stays: the collector need not look through all of PyTorch while requests wait
     try:
