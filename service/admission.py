@@ -66,8 +66,8 @@ class Progress(Protocol):
 
 @dataclass(eq=False)
 class Ticket:
-    """A place in the house. new_tokens: of each answer, at the most. predicted_s: the wait foreseen when it came in.
-    done: the engine's part is, and a reader who takes his time keeps nobody out.
+    """A place in the house. new_tokens: of each answer, at the most. predicted_s: the wait foreseen when it came in, at
+    entered_s by the clock. done: the engine's part is, and a reader who takes his time keeps nobody out.
     """
 
     answers: int
@@ -75,6 +75,7 @@ class Ticket:
     new_tokens: int
     key: str = ""
     predicted_s: float = 0.0
+    entered_s: float = 0.0
     progress: Progress | None = None
     done: bool = False
 
@@ -151,7 +152,7 @@ class Admission:
         prompt_tokens: an estimate will do; correct() puts it right. deadline_s: seconds that the asker will wait.
         """
         self.check_door(key, answers)
-        ticket = Ticket(answers, prompt_tokens, new_tokens, key)
+        ticket = Ticket(answers, prompt_tokens, new_tokens, key, entered_s=self.clock())
         foretold = self.foretold(prompt_tokens)
         ticket.predicted_s = foretold.first_token_s
         if self.too_many_tokens(ticket):
@@ -226,6 +227,11 @@ class Admission:
         ticket.prompt_tokens, ticket.new_tokens = prompt_tokens, new_tokens
         self.crowd_seen = None
 
+    def handed_over(self, ticket: Ticket, progress: Progress) -> None:
+        """The engine has it."""
+        ticket.progress = progress
+        self.foreteller.handed_s.append(self.clock() - ticket.entered_s)
+
     def is_done(self, ticket: Ticket) -> None:
         """The engine has nothing more to do for it."""
         ticket.done, self.crowd_seen = True, None
@@ -257,7 +263,12 @@ class Admission:
         return self.foreteller.foretold(self.seats(), prompt_tokens, self.at_door)
 
     def seats(self) -> list[Seat]:
-        return [seat for ticket in self.inside for seat in ticket.seats()]
+        since_s = self.clock() - self.foreteller.hand_s  # who came in later is not with the engine yet
+        return [
+            seat if ticket.progress is not None else seat._replace(late_s=max(ticket.entered_s - since_s, 0.0))
+            for ticket in self.inside
+            for seat in ticket.seats()
+        ]
 
     def predicted_wait_s(self, prompt_tokens: int) -> float:
         """Seconds until a newcomer's first token."""

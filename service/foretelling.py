@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from statistics import median
 from typing import NamedTuple
 
 from service.rates import Rates
@@ -22,6 +23,7 @@ BUCKETS = 32  # of lengths, each twice as long as the one before
 REMEMBERED = 0.99  # of what is known of lengths, when one more answer has ended: the last hundred count
 GOLDEN = 0.6180339887498949
 SPREAD = 64
+LATELY = 20  # of those who were handed to the engine: how long that takes
 # How early each of those inside ends, of all that could be: spread evenly over however many there are, the first in the
 # middle (multiples of the golden ratio). As the logarithm of the part that lasts longer.
 LUCK = [-math.log(1 - (0.5 + GOLDEN * i) % 1) for i in range(SPREAD)]
@@ -29,7 +31,7 @@ LUCK = [-math.log(1 - (0.5 + GOLDEN * i) % 1) for i in range(SPREAD)]
 
 class Seat(NamedTuple):
     """An answer, as the engine has it: tokens to compute before its next one, new tokens so far and at the most, tokens
-    known; whether it runs, or waits.
+    known; whether it runs, or waits; seconds until the engine has it, while it is still being prepared.
     """
 
     missing: int
@@ -37,6 +39,7 @@ class Seat(NamedTuple):
     most: int
     known: int
     running: bool
+    late_s: float = 0.0
 
 
 class Foretold(NamedTuple):
@@ -99,15 +102,21 @@ class Foreteller:
     step_age_s: Callable[[], float | None] = lambda: None
     lengths: Lengths = field(default_factory=Lengths)
     shared: float = 0.0  # tokens of a prompt that are found in the prefix cache, as it was with the last ones
+    handed_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATELY))  # from being let in to the engine
 
     def foretold(self, seats: Iterable[Seat], prompt_tokens: int, behind: int = 0) -> Foretold:
-        """For somebody with such a prompt, who comes behind these seats. behind: so many more come at the same moment;
-        their prompts are unknown, and taken to be like his.
+        """For somebody with such a prompt, who comes behind these seats. behind: so many more come at the same moment,
+        and are prepared after him; their prompts are unknown, and taken to be like his.
         """
         play = Play(self.rates.costs(), self.slots, self.budget)
         for seat, left in self.lasting(seats):
             play.seat(seat, left, 0 if seat.running else self.found(seat.missing))
-        return play.until(prompt_tokens, self.found(prompt_tokens), self.step_age_s(), behind)
+        return play.until(prompt_tokens, self.found(prompt_tokens), self.step_age_s(), behind, self.hand_s)
+
+    @property
+    def hand_s(self) -> float:
+        """From being let in until the engine has it: its text is read and counted."""
+        return median(self.handed_s) if self.handed_s else 0.0
 
     def learn_found(self, tokens: int) -> None:
         """So many tokens of a prompt were found in the prefix cache."""
@@ -125,7 +134,7 @@ class Foreteller:
 
 class Play:
     """The engine's next steps. One answer to be decoded is (the step after which it ends, its context before step 0);
-    one whose prompt is computed [tokens missing, new tokens to come, tokens computed].
+    one whose prompt is computed [tokens missing, new tokens to come, tokens computed]; who is coming (when, the same).
     """
 
     def __init__(self, costs: tuple[float, float, float, float], slots: int, budget: int) -> None:
@@ -136,40 +145,60 @@ class Play:
         self.context = 0  # of them together, before step 0
         self.prompts: list[list[int]] = []
         self.queue: deque[list[int]] = deque()
+        self.coming: deque[tuple[float, list[int]]] = deque()
 
     def seat(self, seat: Seat, left: int, found: int) -> None:
         """found: tokens that it need not compute."""
         if seat.running and seat.missing <= 1:
             self.decoding.append((left, seat.known))
             self.context += seat.known
+            return
+        one = [seat.missing - found, left, seat.known - seat.missing + found]
+        if seat.running:
+            self.prompts.append(one)
         else:
-            whose = self.prompts if seat.running else self.queue
-            whose.append([seat.missing - found, left, seat.known - seat.missing + found])
+            self.come(seat.late_s, one)
 
-    def until(self, prompt_tokens: int, found: int, step_age_s: float | None, behind: int) -> Foretold:
-        """When one more, with such a prompt, has its first token. Those behind him may be in his steps."""
+    def come(self, at_s: float, one: list[int]) -> None:
+        """Nobody overtakes."""
+        self.coming.append((max(at_s, self.coming[-1][0] if self.coming else 0.0), one))
+
+    def until(
+        self, prompt_tokens: int, found: int, step_age_s: float | None, behind: int, hand_s: float
+    ) -> Foretold:  # fmt: skip
+        """When one more, with such a prompt, has its first token. Those behind him may be in his steps: the engine does
+        not wait for them.
+        """
         heapify(self.decoding)
         if step_age_s is not None and (self.decoding or self.prompts):  # who waits is not in the step that has begun
             self.advance()
             self.time_s = max(self.time_s - step_age_s, 0.0)
         missing, start_s = max(prompt_tokens - found, 1), None
         own, *others = [[missing, 1, found] for _ in range(1 + behind)]
-        self.queue += [own, *others]
+        for i, one in enumerate([own, *others], 1):
+            self.come(i * hand_s, one)
         while own[0]:
-            while self.queue and len(self.decoding) + len(self.prompts) < self.slots:
-                self.prompts.append(self.queue.popleft())
+            self.seat_who_came()
             begin_s = self.time_s
             self.advance()
             if start_s is None and own[0] < missing:
                 start_s = begin_s
         return Foretold(start_s, self.time_s)
 
+    def seat_who_came(self) -> None:
+        if not (self.decoding or self.prompts or self.queue):
+            self.time_s = max(self.time_s, self.coming[0][0])  # an idle engine begins with the first
+        while self.coming and self.coming[0][0] <= self.time_s:
+            self.queue.append(self.coming.popleft()[1])
+        while self.queue and len(self.decoding) + len(self.prompts) < self.slots:
+            self.prompts.append(self.queue.popleft())
+
     def advance(self) -> None:
-        """One step; or all up to the next end, when no prompt is to be computed and no step has begun."""
+        """One step; or all up to the next end, when no prompt is to be computed, nobody comes and no step has begun."""
         if self.prompts:
             self.mixed_step()
         else:
-            self.decode(1 if self.step == 0 else self.decoding[0][0] - self.step)
+            self.decode(1 if self.step == 0 or self.coming else self.decoding[0][0] - self.step)
         while self.decoding and self.decoding[0][0] <= self.step:
             self.context -= heappop(self.decoding)[1]
 

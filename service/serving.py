@@ -184,7 +184,7 @@ class Serving:
         except Refusal as why:
             raise invalid(str(why), self.blamed(asked, str(why))) from why
         job.prompt_tokens = len(ids)  # from here on it pays for them
-        job.ticket.progress = job.stream
+        self.admission.handed_over(job.ticket, job.stream)
         job.stream.when_done = lambda: self.admission.is_done(job.ticket)
         job.life.requests = [answer.request for answer in job.answers]
 

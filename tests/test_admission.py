@@ -220,6 +220,21 @@ def test_those_whose_bodies_are_there_may_share_the_first_step():
     assert house.predicted_wait_s(100) == pytest.approx(0.11 + 0.099)
 
 
+def test_who_was_let_in_is_with_the_engine_after_the_time_that_others_took():
+    now = [7.0]
+    house = Admission(Limits(2, 2, 10_000, 1e6), rates(), clock=lambda: now[0])
+    first = enter(house)
+    now[0] += 0.03
+    house.handed_over(first, Fake(first, True, 1))
+    second = enter(house)
+    now[0] += 0.01
+    assert (second.entered_s, house.foreteller.hand_s) == pytest.approx((7.03, 0.03))
+    assert [seat.late_s for seat in house.seats()] == pytest.approx([0.0, 0.02])
+    now[0] += 1.0
+    assert [seat.late_s for seat in house.seats()] == [0.0, 0.0], "any moment"
+    assert first.progress.started and second.progress is None
+
+
 def test_from_those_who_leave_it_is_learned_how_much_of_a_prompt_is_in_the_cache():
     house = books(slots=1, queued=99)
     for _ in range(2000):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from foretelling_kit import BUDGET, Law, Town, Wish, crowd, errors
 
-from service.foretelling import GOLDEN, LUCK, Foreteller, Lengths, Seat
+from service.foretelling import GOLDEN, LATELY, LUCK, Foreteller, Lengths, Seat
 from service.rates import CERTAIN, FORGETTING, HALF_LIFE_S, NOISE, OUTLIER, SLOWEST, Rates
 
 
@@ -118,6 +118,32 @@ def test_those_behind_take_what_a_step_has_left():
     assert teller(9).foretold([], 30, behind=2) == pytest.approx((0.0, 0.13 + 3 * 0.029))
     assert teller(9).foretold([], 30, behind=99) == pytest.approx((0.0, 0.14 + 0.096)), "30 + 30 + 30 + 10 tokens"
     assert teller(1).foretold([], 30, behind=99) == pytest.approx((0.0, 0.11 + 0.029)), "there is one slot"
+
+
+def test_who_is_still_being_prepared_comes_later_and_an_idle_engine_begins_with_the_first():
+    found = teller(9)
+    assert found.hand_s == 0.0
+    found.handed_s.extend((9.0, 0.01, 0.02))
+    assert found.hand_s == 0.02
+    assert found.foretold([], 30) == found.foretold([], 30, behind=2) == pytest.approx((0.02, 0.02 + 0.11 + 0.029))
+    first = [Seat(50, 0, 10, 50, False, late_s=0.005)]
+    begin_s = 0.005 + 0.11 + 0.049  # of the second step: all the others are there by then
+    assert found.foretold(first, 30) == pytest.approx((begin_s, begin_s + 0.12 + 0.029))
+    assert found.foretold(first, 30, behind=2).first_token_s == pytest.approx(begin_s + 0.14 + 3 * 0.029)
+    last = [Seat(50, 0, 10, 50, False, late_s=0.5), Seat(1, 0, 10, 1, False, late_s=0.1)]
+    assert found.foretold(last, 1) == pytest.approx((0.5, 0.5 + 0.13 + 0.049)), "nobody overtakes"
+    found.handed_s.extend([1.0] * LATELY)
+    assert found.hand_s == 1.0
+
+
+def test_while_somebody_is_prepared_the_others_go_on_step_by_step():
+    found, late = teller(9), teller(9, age_s=0.04)
+    for one in (found, late):
+        one.handed_s.append(0.25)
+    assert found.foretold([decoding(50)], 30) == pytest.approx((0.33, 0.33 + 0.12 + 0.029))
+    assert late.foretold([decoding(50)], 30) == pytest.approx((0.29, 0.29 + 0.12 + 0.029))
+    assert found.foretold([decoding(2)], 30) == pytest.approx((0.25, 0.25 + 0.11 + 0.029)), "idle again by then"
+    assert found.foretold([decoding(2)], 30, behind=1) == found.foretold([decoding(2)], 30), "0.5 s is after that step"
 
 
 # ---- lengths
