@@ -40,7 +40,7 @@ from weights.find import find
 from weights.room import rooms
 
 # For how long whoever computes in Python may keep the others waiting. The engine's thread asks for the interpreter after
-# every pass through native code: with Python's own 5 ms, those who come and go take a tenth of its time and more.
+# every pass through native code: Python's own 5 ms, each time that somebody comes or goes, are a tenth of its time.
 SWITCH_S = 0.0005
 
 
