@@ -39,7 +39,7 @@ from service.settings import ServeConfig
 from weights.find import find
 from weights.room import rooms
 
-# For how long whoever computes in Python may keep the others waiting. The engine's thread asks for the interpreter after
+# How long whoever computes in Python may keep the others waiting. The engine's thread asks for the interpreter after
 # every pass through native code: Python's own 5 ms, each time that somebody comes or goes, are a tenth of its time.
 SWITCH_S = 0.0005
 
