@@ -39,8 +39,8 @@ from service.settings import ServeConfig
 from weights.find import find
 from weights.room import rooms
 
-# How long whoever computes in Python may keep the others waiting. The engine's thread asks for the interpreter after
-# every pass through native code: Python's own 5 ms, each time that somebody comes or goes, are a tenth of its time.
+# How long whoever computes in Python may keep the others waiting. The engine's thread asks for the interpreter after every
+# pass through native code; with Python's own 5 ms each time, those who come in an overload slow down those who are served.
 SWITCH_S = 0.0005
 
 

@@ -47,10 +47,8 @@ def judged(config: PromptConfig, how: str, *options: str, ignore_eos: bool = Fal
         log = Path(folder) / "log"
         service = OurService(config.model, "--log-file", str(log), *options)
         try:
-            chats, url = (
-                Chats(service.get("/v1/models")["data"][0]["id"], ignore_eos),
-                service.url + "/v1/chat/completions",
-            )
+            chats = Chats(service.get("/v1/models")["data"][0]["id"], ignore_eos)
+            url = service.url + "/v1/chat/completions"
             rate = found_rate(client.closed_loop(url, chats.some(FIRST), service.get("/capacity")["slots"]))
             seconds = 15.0 if config.quick else 45.0
             plans = {f"load {load:g}": schedule("poisson", max(int(load * rate * seconds), 10), load * rate, seed)

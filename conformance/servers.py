@@ -165,9 +165,10 @@ def llama_server(model: Weights) -> Target:
     place = PEERS / "llama_cpp"
     found = (path for path in place.rglob("llama-server") if path.is_file() and os.access(path, os.X_OK))
     program, port = next(found, place / "llama-server"), free_port()
+    # --no-repack: slower, but it starts where AMX is announced and cannot be used
     command = [program, "-m", model.gguf, "-np", SLOTS, "-c", SLOTS * model.context, "--host", "127.0.0.1",
                "--port", port, "--metrics", "--jinja", "--api-key", ",".join(KEYS),
-               "--no-repack"]  # fmt: skip # slower, but it starts where AMX is announced and cannot be used
+               "--no-repack"]  # fmt: skip
     with ExitStack() as undo:
         process = started(undo, "llama-server", command, port, LD_LIBRARY_PATH=str(program.parent))
         name = first_model("llama-server", port, KEYS[0])

@@ -157,11 +157,7 @@ class Play:
         if seat.running:
             self.prompts.append(one)
         else:
-            self.come(seat.late_s, one)
-
-    def come(self, at_s: float, one: list[int]) -> None:
-        """Nobody overtakes."""
-        self.coming.append((max(at_s, self.coming[-1][0] if self.coming else 0.0), one))
+            self.coming.append((seat.late_s, one))
 
     def until(
         self, prompt_tokens: int, found: int, step_age_s: float | None, behind: int, hand_s: float
@@ -176,7 +172,7 @@ class Play:
         missing, start_s = max(prompt_tokens - found, 1), None
         own, *others = [[missing, 1, found] for _ in range(1 + behind)]
         for i, one in enumerate([own, *others], 1):
-            self.come(i * hand_s, one)
+            self.coming.append((i * hand_s, one))
         while own[0]:
             self.seat_who_came()
             begin_s = self.time_s
@@ -186,6 +182,7 @@ class Play:
         return Foretold(start_s, self.time_s)
 
     def seat_who_came(self) -> None:
+        """In their order: nobody overtakes."""
         if not (self.decoding or self.prompts or self.queue):
             self.time_s = max(self.time_s, self.coming[0][0])  # an idle engine begins with the first
         while self.coming and self.coming[0][0] <= self.time_s:
