@@ -39,8 +39,9 @@ from service.settings import ServeConfig
 from weights.find import find
 from weights.room import rooms
 
-# How long whoever computes in Python may keep the others waiting. The engine's thread asks for the interpreter after every
-# pass through native code; with Python's own 5 ms each time, those who come in an overload slow down those who are served.
+# How long whoever computes in Python may keep the others waiting. The engine's thread asks for the interpreter after
+# every pass through native code; with Python's own 5 ms each time, an overload slows down those who are served
+# (benchmarks/serve_interpreter.py).
 SWITCH_S = 0.0005
 
 

@@ -36,6 +36,7 @@ ALL = (
     "engine_peers",
     "serve_cost",
     "serve_overload",
+    "serve_interpreter",
     "serve_faults",
     "serve_prediction",
     "serve_speed",

@@ -52,10 +52,10 @@ class ServerProcess(Family):
 
 
 class OurService(ServerProcess):
-    """serve.py on a free port, as a user starts it."""
+    """serve.py on a free port, as a user starts it. program: what else starts it, after `python`."""
 
-    def __init__(self, model: str | None, *options: str) -> None:
-        command = [sys.executable, "serve.py", "--port", "0", "--log-file", os.devnull, *options]
+    def __init__(self, model: str | None, *options: str, program: Sequence[str] = ("serve.py",)) -> None:
+        command = [sys.executable, *program, "--port", "0", "--log-file", os.devnull, *options]
         command += ["--model", model] if model else []
         self.name, self.started_s = "this service", time.perf_counter()
         self.process = subprocess.Popen(
