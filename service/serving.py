@@ -269,9 +269,8 @@ class Serving:
             job.stream.why = "engine_error"
             if job.stream.fingerprint:
                 job.life.facts["fingerprint"] = shown(job.stream.fingerprint)
-            job.life.facts["error"] = f"{type(error).__name__}: {error}"[
-                :500
-            ]  # for the log: a client learns no insides
+            insides = f"{type(error).__name__}: {error}"  # for the log: a client learns nothing of them
+            job.life.facts["error"] = insides[:500]
             raise ApiError(
                 500, "engine_error", "The engine failed on this request; the server's log has the reason under its id.",
                 retry=True, outcome="engine_error",

@@ -163,6 +163,12 @@ def test_a_gguf_file_is_converted_once_and_keeps_its_numbers(gguf_file, _fresh_c
     assert gguf_cache.is_whole(find(str(path)).folder)
 
 
+def test_a_conversion_says_one_line_where_nobody_watches(gguf_file, _fresh_cache, capfd):
+    gguf_cache.converted(gguf_file[0])
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "\r" not in told and told.startswith("converting small.gguf")
+
+
 @pytest.mark.parametrize("damage", ["shorter weights", "no manifest", "broken manifest", "missing file"])
 def test_a_damaged_conversion_is_noticed_and_made_again(gguf_file, _fresh_cache, damage):
     path, _ = gguf_file

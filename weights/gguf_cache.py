@@ -89,11 +89,12 @@ def dequantise(gguf: Path, folder: Path) -> None:
     """Write config, tokenizer and float32 weights as a checkpoint folder that from_pretrained() reads."""
     import torch
     from safetensors.torch import save_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+        modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # this bar does not ask the line above
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     net = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
