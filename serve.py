@@ -40,8 +40,8 @@ from weights.find import find
 from weights.room import rooms
 
 # How long whoever computes in Python may keep the others waiting. The engine's thread asks for the interpreter after
-# every pass through native code, and would wait up to Python's own 5 ms each time while others come and go. What that is
-# worth is undecided (benchmarks/serve_interpreter.py).
+# every pass through native code, and would wait up to Python's own 5 ms each time while others come and go. What that
+# is worth is undecided (benchmarks/serve_interpreter.py).
 SWITCH_S = 0.0005
 
 
